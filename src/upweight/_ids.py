@@ -1,0 +1,54 @@
+"""Names of examples: plain integers and strings, whatever they came in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upweight.errors import UpweightError
+
+Id = int | str
+
+
+def as_ids(ids: Iterable[Id], name: str) -> list[Id]:
+    """A list of plain ints and strings, whatever sequence, array, tensor or column they came in."""
+    items = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+    if all(type(item) is int or type(item) is str for item in items):
+        return items
+    plain: list[Id] = []
+    for position, item in enumerate(items):
+        value: object = np.asarray(item).item() if np.ndim(item) == 0 else item
+        # A float comes from a column of integers that has, or had, gaps in it.
+        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+            plain.append(int(value))
+        elif isinstance(value, str):
+            plain.append(value)
+        else:
+            raise UpweightError(f"{name}[{position}] is {item!r} -> use integers or strings")
+    return plain
+
+
+def some(ids: Iterable[Id]) -> str:
+    """The first three of them, for an error."""
+    shown = [repr(name) for _, name in zip(range(4), ids)]
+    return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
+
+
+def ids_to_bytes(ids: Sequence[Id]) -> Tensor:
+    """JSON as a uint8 tensor, to be kept in a file of tensors."""
+    return torch.frombuffer(bytearray(json.dumps(ids), "utf-8"), dtype=torch.uint8)
+
+
+def bytes_to_ids(text: Tensor) -> list[Id]:
+    """The inverse of `ids_to_bytes`."""
+    return json.loads(text.numpy().tobytes())
+
+
+def as_array(ids: Sequence[Id]) -> np.ndarray:
+    """Ids as a column; mixed kinds stay what they are instead of all becoming text."""
+    mixed = len({type(name) for name in ids}) > 1
+    return np.array(ids, dtype=object if mixed else None)
