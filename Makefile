@@ -41,7 +41,7 @@ bench: $(BENCH)  ## run every script in benchmarks/
 		echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
 docs: $(DEV)  ## build the documentation into site/; a warning is an error
-	@$(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 lint: $(DEV)  ## style, names, docstrings, formatting

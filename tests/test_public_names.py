@@ -7,7 +7,9 @@ import pytest
 import upweight
 
 NAMES = [name for name in upweight.__all__ if not name.startswith("__")]
-DOCUMENTED = [name for name in NAMES if callable(getattr(upweight, name)) or inspect.ismodule(getattr(upweight, name))]
+DOCUMENTED = [
+    name for name in NAMES if callable(getattr(upweight, name)) or inspect.ismodule(getattr(upweight, name))
+]
 
 
 def test_no_name_is_promised_twice_or_missing():
@@ -15,7 +17,9 @@ def test_no_name_is_promised_twice_or_missing():
     assert [name for name in upweight.__all__ if not hasattr(upweight, name)] == []
 
 
-@pytest.mark.parametrize("name", DOCUMENTED or [pytest.param("", marks=pytest.mark.skip("nothing is public yet"))])
+@pytest.mark.parametrize(
+    "name", DOCUMENTED or [pytest.param("", marks=pytest.mark.skip("nothing is public yet"))]
+)
 def test_public_name_and_its_public_methods_have_a_docstring(name):
     thing = getattr(upweight, name)
     assert inspect.getdoc(thing)
