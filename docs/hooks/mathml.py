@@ -1,4 +1,4 @@
-"""Turn the formulas of a page into MathML while the site is built, so that reading it needs no script and no network."""
+"""Turn formulas into MathML while the site is built, so that reading a page needs no script and no network."""
 
 import html
 import re
