@@ -1,0 +1,8 @@
+"""Per-example gradients of a model, as the factors they are made of, captured without touching the model."""
+
+from upweight.gradients.blocks import Dense, Eigenbasis, Factored, Sparse, Spectral
+from upweight.gradients.contraction import Router
+from upweight.gradients.gradients import Gradients
+from upweight.gradients.tracker import Coverage, Tracker
+
+__all__ = ["Coverage", "Dense", "Eigenbasis", "Factored", "Gradients", "Router", "Sparse", "Spectral", "Tracker"]

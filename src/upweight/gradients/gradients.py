@@ -1,0 +1,98 @@
+"""`Gradients`: the per-example gradients of a batch, layer by layer, with ``@`` for all inner products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from upweight.errors import UpweightError
+from upweight.gradients.blocks import Block, concatenate
+
+if TYPE_CHECKING:
+    from upweight.gradients.contraction import Router
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """``gradients.T``: the right operand of ``@``."""
+
+    gradients: Gradients
+
+
+class Gradients(Mapping[str, Block]):
+    """Per-example gradients [batch, parameters], held per layer as the factors they are made of.
+
+    ``a @ b.T`` is the matrix of all inner products, [a's batch, b's batch], by the cheapest exact route of each layer
+    (see `upweight.gradients.contraction`). ``dense()`` is the matrix itself, for small models and for tests.
+
+    Args:
+        blocks: {layer name: block}; all blocks hold the same examples.
+        router: what chooses the route; a default one that only takes exact routes if None.
+    """
+
+    def __init__(self, blocks: Mapping[str, Block], router: Router | None = None) -> None:
+        self.blocks = dict(blocks)
+        self.router = router
+        lengths = {len(block) for block in self.blocks.values()}
+        if len(lengths) != 1:
+            raise UpweightError(f"layers hold {sorted(lengths)} examples, expected one number -> this is a bug: report it")
+        self.batch = lengths.pop()
+
+    def __getitem__(self, key: str) -> Block:
+        return self.blocks[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def T(self) -> Transposed:  # noqa: N802 - the transpose's usual name
+        return Transposed(self)
+
+    def rows(self, rows: slice) -> Gradients:
+        """The examples of a slice."""
+        return Gradients({name: block[rows] for name, block in self.blocks.items()}, self.router)
+
+    def with_router(self, router: Router) -> Gradients:
+        """The same gradients, contracted by another router."""
+        return Gradients(self.blocks, router)
+
+    def __matmul__(self, other: Transposed) -> Tensor:
+        """Inner products [batch, other's batch], summed over layers."""
+        total: Tensor | None = None
+        for part in self.by_layer(other).values():
+            total = part if total is None else total.add_(part)
+        assert total is not None  # a Gradients holds at least one layer
+        return total
+
+    def by_layer(self, other: Transposed) -> dict[str, Tensor]:
+        """Inner products [batch, other's batch] of each layer."""
+        from upweight.gradients.contraction import Router  # the router knows blocks, not containers
+
+        router = self.router or Router()
+        if set(self.blocks) != set(other.gradients.blocks):
+            raise UpweightError("the two gradients hold different layers, expected the same -> use one tracker for both")
+        return {name: router.contract(name, block, other.gradients[name]) for name, block in self.blocks.items()}
+
+    def dense(self) -> Tensor:
+        """[batch, parameters], layers side by side. Holds everything at once: for small models and tests."""
+        return torch.cat([block.dense() for block in self.blocks.values()], 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the blocks hold."""
+        return sum(block.nbytes for block in self.blocks.values())
+
+    @staticmethod
+    def concatenate(parts: list[Gradients]) -> Gradients:
+        """All examples of several batches, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        names = parts[0].blocks
+        return Gradients({name: concatenate([p[name] for p in parts]) for name in names}, parts[0].router)

@@ -1,0 +1,77 @@
+"""Which parameters to track, and whether a model is in a state in which per-example gradients exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from upweight.errors import UpweightError
+
+ParameterFilter: TypeAlias = str | re.Pattern[str] | Callable[[str], bool] | None
+"""None for all trainable parameters, a regular expression searched in the name, or a function of the name."""
+
+_SUPPORTED = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def select_parameters(model: nn.Module, which: ParameterFilter = None) -> dict[str, Tensor]:
+    """The trainable parameters that a filter keeps, {name: parameter}, tied ones once under their first name.
+
+    Raises:
+        UpweightError: nothing is trainable, the filter matches nothing, or a parameter is not finite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        >>> list(select_parameters(model, r"^1\\."))
+        ['1.weight', '1.bias']
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise UpweightError("the model has no trainable parameter (requires_grad=True) -> unfreeze what was trained")
+    if which is None:
+        chosen = trainable
+    elif callable(which) and not isinstance(which, re.Pattern):
+        chosen = {name: p for name, p in trainable.items() if which(name)}
+    else:
+        pattern = re.compile(which)
+        chosen = {name: p for name, p in trainable.items() if pattern.search(name)}
+    if not chosen:
+        some = ", ".join(list(trainable)[:4])
+        raise UpweightError(
+            f"parameters={which!r} matches none of the {len(trainable)} trainable parameters ({some}, ...) -> name some"
+        )
+    for name, p in chosen.items():
+        if p.dtype not in _SUPPORTED:
+            raise UpweightError(
+                f"parameter {name} has dtype {p.dtype}, expected float32, float64 or bfloat16 -> model.float()"
+            )
+        if not bool(torch.isfinite(p).all()):
+            count = int((~torch.isfinite(p)).sum())
+            raise UpweightError(f"parameter {name} holds {count} NaN or infinite values -> load a healthy checkpoint")
+    return chosen
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise if a module is in train mode whose output then depends on the batch or on chance, naming the modules."""
+    random = (nn.modules.dropout._DropoutNd,)
+    batchwise = (nn.modules.batchnorm._BatchNorm,)
+    norms = [n for n, m in model.named_modules() if isinstance(m, batchwise) and m.training]
+    drops = [n for n, m in model.named_modules() if isinstance(m, random) and m.training and m.p > 0]
+    if norms:
+        raise UpweightError(
+            f"BatchNorm is in train mode ({_some(norms)}): one example's gradient would depend on the rest of its batch "
+            "and is undefined -> call model.eval() first"
+        )
+    if drops:
+        raise UpweightError(
+            f"dropout is in train mode ({_some(drops)}): every gradient would be of another random network -> call "
+            "model.eval() first"
+        )
+
+
+def _some(names: list[str]) -> str:
+    listed = ", ".join(name or "the model itself" for name in names[:3])
+    return listed + (f" and {len(names) - 3} more" if len(names) > 3 else "")

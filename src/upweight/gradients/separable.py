@@ -1,0 +1,79 @@
+"""A spectral filter as a short sum of products of row and column weights, its length chosen by measured error.
+
+EK-FAC scores need ``sum_{rc} filter[r, c] (left_q left_i)[r] (right_q right_i)[c]`` for every pair. If ``filter ~= sum_k
+u_k w_k^T``, a pair costs ``2 k (R + C)`` instead of ``2 R C`` operations. The singular value decomposition is taken of
+the filter *weighted* by how much gradient mass each row and column carries, then unweighted; how many terms are enough is
+decided by the error of the scores on a probe of real gradients, never by a fixed number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """``filter ~= rows @ cols.T``: rows [R, k], cols [C, k], and the relative error of probe scores it was accepted at."""
+
+    rows: Tensor
+    cols: Tensor
+    error: float
+
+    @property
+    def rank(self) -> int:
+        return self.rows.shape[1]
+
+
+def separate(
+    spectral_filter: Tensor,
+    eigenvalues: Tensor,
+    query: tuple[Tensor, Tensor],
+    train: tuple[Tensor, Tensor],
+    tolerance: float,
+) -> Terms | None:
+    """The fewest terms whose probe scores are within `tolerance` (relative, Frobenius) of the exact ones.
+
+    Args:
+        spectral_filter: [R, C], ``1 / (eigenvalue + damping)``.
+        eigenvalues: [R, C], for the weights.
+        query: probe queries' left [q, R] and right [q, C] factors in the eigenbasis.
+        train: probe training examples' factors [n, R] and [n, C].
+        tolerance: largest relative error; 0 asks for the exact route.
+
+    Returns:
+        The terms, or None where no number of them is both accurate enough and cheaper than the exact route.
+    """
+    rows, cols = spectral_filter.shape
+    most = int(0.7 * rows * cols / (rows + cols))  # beyond this the exact route is as fast
+    if tolerance <= 0 or most < 1:
+        return None
+    row_weight, col_weight = _weights(eigenvalues, 1), _weights(eigenvalues, 0)
+    weighted = row_weight[:, None] * spectral_filter * col_weight
+    left, values, right = torch.linalg.svd(weighted, full_matrices=False)
+    u = left * values / row_weight[:, None]
+    w = right.mT / col_weight[:, None]
+    (left_q, right_q), (left_t, right_t) = query, train
+    exact = torch.einsum(
+        "qrc,nrc->qn",
+        spectral_filter * left_q[:, :, None] * right_q[:, None, :],
+        left_t[:, :, None] * right_t[:, None, :],
+    )
+    norm = exact.norm()
+    if not norm > 0:
+        return Terms(u[:, :1], w[:, :1], 0.0)
+    remaining = exact.clone()
+    for k in range(min(most, len(values))):
+        remaining -= ((left_q * u[:, k]) @ left_t.mT) * ((right_q * w[:, k]) @ right_t.mT)
+        error = float(remaining.norm() / norm)
+        if error <= tolerance:
+            return Terms(u[:, : k + 1].contiguous(), w[:, : k + 1].contiguous(), error)
+    return None
+
+
+def _weights(eigenvalues: Tensor, axis: int) -> Tensor:
+    """Root mean gradient mass along an axis, floored: a dead unit's zero must not turn into a division by zero."""
+    mass = eigenvalues.clamp_min(0).mean(axis).sqrt()
+    return mass.clamp_min(float(mass.max()) * 1e-4 + 1e-30)

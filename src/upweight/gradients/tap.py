@@ -1,0 +1,175 @@
+"""Watch one forward pass and note every use of a tracked parameter, without touching the model.
+
+`Tap` is a torch-function mode: every torch function that the forward calls passes through it. Where a tracked parameter
+takes part, it notes the operation, the input that the gradient needs, and the *gradient edge* of the output: the place
+in the autograd graph where the output's gradient will flow by. `torch.autograd.grad(losses, edges)` then yields all
+output gradients in one backward pass that never computes a weight gradient.
+
+Nothing is registered on the model: no hooks, no replaced modules, no `requires_grad` edits. Working by function instead
+of by module is what makes reused modules, tied weights and functional calls exact, and what makes a use that is not
+understood visible (a *stranger*), so that it goes to the exact fallback instead of being lost.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from upweight.errors import UpweightError
+from upweight.gradients.operations import Affine, Lookup, Product, parse
+
+_DROPOUTS = {
+    F.dropout: 0.5,
+    F.dropout1d: 0.5,
+    F.dropout2d: 0.5,
+    F.dropout3d: 0.5,
+    F.alpha_dropout: 0.5,
+    F.feature_alpha_dropout: 0.5,
+}
+
+
+@dataclass
+class Use:
+    """One call in which tracked parameters took part.
+
+    Attributes:
+        operation: what the call does with them.
+        weight, bias: the parameters' names by role, None where untracked or absent.
+        x: the recorded input.
+        edge: where the output's gradient passes.
+        shape: the output's shape.
+    """
+
+    operation: Product | Lookup | Affine
+    weight: str | None
+    bias: str | None
+    x: Tensor | None
+    edge: GradientEdge
+    shape: tuple[int, ...]
+    version: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What identifies the call site from one pass to the next."""
+        return (self.weight, self.bias, type(self.operation), len(self.shape))
+
+    def check_unchanged(self) -> None:
+        """Raise if the recorded input was overwritten in place after the call: its gradient would be wrong."""
+        if self.x is not None and self.x._version != self.version:
+            raise UpweightError(
+                f"the input of {self.weight or self.bias} was changed in place after the layer read it, expected it "
+                "untouched until the backward pass -> replace the in-place operation (x += y) by x = x + y"
+            )
+
+
+class Tap(TorchFunctionMode):
+    """Records the uses of `parameters` ({tensor id: name}) during one forward pass.
+
+    Attributes:
+        uses: recognised calls, in order.
+        strangers: {parameter name: function} for parameters that took part in anything else.
+    """
+
+    def __init__(self, parameters: Mapping[int, str]) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.uses: list[Use] = []
+        self.strangers: dict[str, str] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:  # look inside: its projections are linear layers
+                return _attention_body(*args, **kwargs)
+        if func in _DROPOUTS:
+            _refuse_dropout(func, args, kwargs)
+        elif func is F.batch_norm:
+            _refuse_batch_statistics(args, kwargs, self.parameters)
+        elif func is F.scaled_dot_product_attention:
+            _refuse_attention_dropout(args, kwargs)
+        touched = {self.parameters[id(t)]: t for t in _flat(args, kwargs) if id(t) in self.parameters}
+        if not touched:
+            return func(*args, **kwargs)
+        call = parse(func, args, kwargs)
+        output = func(*args, **kwargs)
+        if not isinstance(output, Tensor):
+            if any(t.requires_grad for t in _flat((output,), {})):
+                self._strangers(touched, func)
+            return output
+        if not output.requires_grad:
+            return output  # a shape, a detached copy, or a region without gradients
+        if call is None:
+            self._strangers(touched, func)
+            return output
+        weight = self.parameters.get(id(call.weight))
+        bias = self.parameters.get(id(call.bias))
+        self._strangers({n: t for n, t in touched.items() if n not in (weight, bias)}, func)
+        version = call.x._version if call.x is not None else 0
+        x = call.x.detach() if call.x is not None else None  # shares memory and version counter, drops the graph
+        edge = get_gradient_edge(output)
+        self.uses.append(Use(call.operation, weight, bias, x, edge, tuple(output.shape), version))
+        return output
+
+    def _strangers(self, names: Mapping[str, Tensor], function: Any) -> None:
+        for name in names:
+            self.strangers.setdefault(name, getattr(function, "__name__", str(function)))
+
+
+def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _flat(value, {})
+        elif isinstance(value, dict):
+            yield from _flat((), value)
+
+
+def _without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, whose own look for overrides says no: a mode can then run its body and see what it calls."""
+    namespace = {**function.__globals__, "has_torch_function": lambda _: False}
+    clone = types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__)
+    clone.__kwdefaults__ = function.__kwdefaults__
+    return clone
+
+
+_attention_body = _without_override_check(F.multi_head_attention_forward)
+
+
+def _refuse_dropout(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    p = args[1] if len(args) > 1 else kwargs.get("p", _DROPOUTS[function])
+    # F.dropout trains by default, alpha dropouts do not; modules always say.
+    default = function not in (F.alpha_dropout, F.feature_alpha_dropout)
+    training = args[2] if len(args) > 2 else kwargs.get("training", default)
+    if training and p > 0:
+        raise UpweightError(
+            f"{function.__name__} is active (p={p}): every gradient would be of another random network -> call "
+            "model.eval() first"
+        )
+
+
+def _refuse_attention_dropout(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    p = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    if p > 0:
+        raise UpweightError(f"attention dropout is active (p={p}): gradients would be random -> call model.eval() first")
+
+
+def _refuse_batch_statistics(args: Sequence[Any], kwargs: Mapping[str, Any], names: Mapping[int, str]) -> None:
+    training = args[5] if len(args) > 5 else kwargs.get("training", False)
+    if training:
+        weight = args[3] if len(args) > 3 else kwargs.get("weight")
+        name = names.get(id(weight), "a BatchNorm layer")
+        raise UpweightError(
+            f"{name} normalises by the statistics of the batch, so one example's gradient depends on the others and is "
+            "undefined -> call model.eval() first (and keep track_running_stats on)"
+        )
