@@ -41,12 +41,12 @@ class Ranking(Generic[Row]):
 def extremes(values: Tensor, k: int, *, largest: bool) -> Tensor:
     """Positions [query, k] of the k most extreme values of each row; among equals, the earliest first."""
     try:
-        k = operator.index(k)
+        count = operator.index(k)
     except TypeError:
-        k = 0
-    if k < 1:
-        raise UpweightError("k must be a whole number of 1 or more -> for example top_k(10)")
-    k = min(k, values.shape[1])
+        count = 0
+    if count < 1:
+        raise UpweightError(f"k is {k!r} -> use a whole number from 1 up, for example 10")
+    k = min(count, values.shape[1])
     if k == 0:
         return torch.empty(len(values), 0, dtype=torch.int64, device=values.device)
     best = values.topk(k, dim=1, largest=largest)
