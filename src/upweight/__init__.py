@@ -2,6 +2,30 @@
 
 from importlib.metadata import version
 
+from upweight.attributors.influence import Influence
+from upweight.cache import Cache
+from upweight.curvature import Damping
+from upweight.data import Examples
+from upweight.errors import CacheMismatchError, StoreError, UpweightError
+from upweight.scores import Ranking, Scores, SelfInfluence
+from upweight.task import BinaryClassification, Classification, Regression, Task
+
 __version__ = version("upweight")
 
-__all__ = ["__version__"]
+__all__ = [
+    "BinaryClassification",
+    "Cache",
+    "CacheMismatchError",
+    "Classification",
+    "Damping",
+    "Examples",
+    "Influence",
+    "Ranking",
+    "Regression",
+    "Scores",
+    "SelfInfluence",
+    "StoreError",
+    "Task",
+    "UpweightError",
+    "__version__",
+]

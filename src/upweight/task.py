@@ -343,7 +343,9 @@ class Classification(_OutputTask):
         return u[:, :, None] * basis[:, :, :-1]
 
     def draw(self, outputs: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-        return torch.multinomial(outputs.float().softmax(1), draws, replacement=True, generator=generator)
+        cumulative = outputs.double().softmax(1).cumsum(1)
+        drawn = torch.searchsorted(cumulative, uniform(outputs, draws, generator))
+        return drawn.clamp_max(outputs.shape[1] - 1)  # the last cumulative value may round to just under 1
 
 
 class BinaryClassification(_OutputTask):
@@ -402,8 +404,7 @@ class BinaryClassification(_OutputTask):
 
 
     def draw(self, outputs: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-        p = outputs.sigmoid()[:, None].expand(-1, draws)
-        return torch.bernoulli(p.contiguous(), generator=generator)
+        return (uniform(outputs, draws, generator) < outputs.double().sigmoid()[:, None]).to(outputs.dtype)
 
 
 class Regression(_OutputTask):
@@ -457,10 +458,20 @@ class Regression(_OutputTask):
         return (math.sqrt(2 * self.scale) * eye).expand(len(flat), -1, -1)
 
     def draw(self, outputs: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-        shape = (len(outputs), draws, *outputs.shape[1:])
-        noise = torch.randn(shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+        width = outputs.shape[1]
+        noise = torch.special.ndtri(uniform(outputs, draws * width, generator)).to(outputs.dtype)
+        noise = noise.reshape(len(outputs), draws, width)
         # Variance 1/(2 scale) makes the loss a negative log-likelihood, whose Fisher is the Gauss-Newton matrix.
         return outputs[:, None] + noise / math.sqrt(2 * self.scale)
+
+
+def uniform(outputs: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Uniform numbers in (0, 1), [batch, count], float64.
+
+    Drawn one after the other on the CPU: example i gets the same numbers however the data is cut into batches.
+    """
+    u = torch.rand(len(outputs), count, generator=generator, dtype=torch.float64)
+    return u.clamp_min(torch.finfo(torch.float64).tiny).to(outputs.device)
 
 
 def resolve_fisher(

@@ -9,9 +9,20 @@ decided by the error of the scores on a probe of real gradients, never by a fixe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from upweight.gradients.blocks import Factored, Spectral
+
+if TYPE_CHECKING:
+    from upweight.curvature.curvature import Inverse
+    from upweight.gradients.gradients import Gradients
+
+PROBE_QUERIES = 16
+SAFETY = 0.5
+"""Terms are accepted at this share of the tolerance: queries differ from the training examples of the probe."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,33 @@ class Terms:
     @property
     def rank(self) -> int:
         return self.rows.shape[1]
+
+
+def find_terms(inverse: Inverse, sample: Gradients, tolerance: float) -> dict[str, Terms]:
+    """Separable terms of every layer of a sample of training gradients that has them within the tolerance.
+
+    Sixteen evenly spaced examples of the sample stand in for queries, the others for training examples.
+
+    Args:
+        inverse: the damped inverse curvature.
+        sample: gradients of a few hundred training examples, of layers with one position an example.
+        tolerance: largest relative error of a layer's scores.
+    """
+    n = sample.batch
+    stride = max(1, n // PROBE_QUERIES)
+    found: dict[str, Terms] = {}
+    for name, block in sample.items():
+        curvature = inverse.curvature.layers[name]
+        preconditioned = curvature.precondition(block, inverse.damping[name])
+        if not isinstance(block, Factored) or not isinstance(preconditioned, Spectral) or block.groups > 1:
+            continue
+        left, right = preconditioned.left[0, :, 0], preconditioned.right[0, :, 0]
+        query = left[::stride][:PROBE_QUERIES], right[::stride][:PROBE_QUERIES]
+        spectral_filter, eigenvalues = preconditioned.filter[0], curvature.eigenvalues[0]
+        terms = separate(spectral_filter, eigenvalues, query, (left, right), tolerance * SAFETY)
+        if terms is not None:
+            found[name] = terms
+    return found
 
 
 def separate(

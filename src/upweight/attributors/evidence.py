@@ -1,0 +1,78 @@
+"""What a score carries to be judged by: method, curvature, damping, coverage, routes, precision, versions, fingerprints."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upweight.cache import CachePass
+from upweight.curvature import Inverse
+from upweight.gradients import Gradients, Router
+from upweight.passes import Kept
+
+if TYPE_CHECKING:
+    from upweight.attributors.influence import Influence, _Fitted
+
+
+def influence_info(method: Influence, fitted: _Fitted) -> dict[str, Any]:
+    """The evidence of one result, JSON-able."""
+    kind, columns = fitted.fisher
+    coverage = fitted.tracker.coverage
+    training = fitted.training
+    stored: dict[str, Any] = {"where": "recomputed"}
+    if isinstance(training, CachePass):
+        stored = {"where": "disk", "precision": training.cache.precision, "relative_error": training.error}
+    elif isinstance(training, Kept) and training.in_memory:
+        stored = {"where": "memory"}
+    return {
+        "method": "influence",
+        "curvature": method.curvature,
+        "fisher": kind if method.curvature != "identity" else None,
+        "fisher_columns": columns,
+        "represented": fitted.curvature.info.get("represented", {}),
+        "damping": fitted.curvature.damping(method.damping),
+        "damping_rule": f"{method.damping.value:g} x mean eigenvalue" if method.damping.relative else "absolute",
+        "higher_is_better": method.task.higher_is_better,
+        "convention": "positive = proponent: removing the training example is predicted to make the query worse",
+        "coverage": {
+            "parameters": coverage.parameters,
+            "squared_gradient_norm": coverage.squared_norm,
+            "layers": coverage.layers,
+        },
+        "n": fitted.examples.n,
+        "batch_size": fitted.batch_size,
+        "training_gradients": stored,
+        "seed": method.seed,
+        "tolerance": method.tolerance,
+        "dtype": str(fitted.dtype).removeprefix("torch."),
+        "autocast": str(method.autocast).removeprefix("torch.") if method.autocast is not None else None,
+        "fingerprints": dict(fitted.fingerprints),
+        "versions": {"upweight": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        **fitted.notes,
+    }
+
+
+def measure_separable_error(query: Gradients, train: Gradients, inverse: Inverse, router: Router) -> float:
+    """Relative error (Frobenius) of the separable layers' summed scores, real queries against a training sample."""
+    difference = norm = None
+    for name in router.terms:
+        curvature = inverse.curvature.layers[name]
+        preconditioned = curvature.precondition(query[name], inverse.damping[name])
+        approximate = router.contract(name, preconditioned, train[name])
+        exact = preconditioned.dense() @ train[name].dense().mT
+        difference = approximate - exact if difference is None else difference + approximate - exact
+        norm = exact if norm is None else norm + exact
+    if difference is None or norm is None:
+        return 0.0
+    size = float(norm.norm())
+    return float(difference.norm()) / size if size > 0 else 0.0
+
+
+def _version() -> str:
+    try:
+        return version("upweight")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,120 @@
+"""A score matrix written tile by tile, into memory or into a folder from which a killed run resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upweight.store import ShardStore
+
+WHOLE = ""
+"""Name of the total score among the parts of a tile."""
+
+
+class ScoreTiles:
+    """Scores [query, train] (and their parts by layer), filled panel of queries by panel, step of training examples by step.
+
+    Args:
+        folder: where finished tiles go, or None for memory only.
+        manifest: what the scores belong to.
+        grid: ``panel`` queries by ``step`` training examples a tile. A folder that was begun with another panel keeps it,
+            so that a run resumes on a machine with other memory.
+        queries: number of queries.
+        n: number of training examples.
+        layers: names of the layers to keep parts of, or None.
+        dtype: dtype of the scores.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        manifest: Mapping[str, Any],
+        grid: dict[str, int],
+        queries: int,
+        n: int,
+        layers: Sequence[str] | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.queries, self.n, self.layers = queries, n, layers
+        self.panel, self.step = grid["panel"], grid["step"]
+        self._store: ShardStore | None = None
+        self._values: dict[str, Tensor] = {}
+        self._dtype = dtype
+        if folder is not None:
+            self.panel = _begun_panel(Path(folder)) or self.panel
+            self._store = ShardStore.open(folder, {**manifest, "grid": {"panel": self.panel, "step": self.step}})
+        else:
+            self._values = {name: torch.empty(queries, n, dtype=dtype) for name in self._names()}
+
+    @property
+    def panels(self) -> int:
+        """Number of panels of queries."""
+        return -(-self.queries // self.panel)
+
+    def panel_rows(self) -> Iterator[tuple[int, int]]:
+        """First and last query of each panel."""
+        for start in range(0, self.queries, self.panel):
+            yield start, min(start + self.panel, self.queries)
+
+    def panel_done(self, start: int, stop: int) -> bool:
+        """Whether every tile of a panel is finished."""
+        return self._store is not None and all(self.has(start, t) for t in range(0, self.n, self.step))
+
+    def has(self, query: int, train: int) -> bool:
+        """Whether the tile that begins at this query and training example is finished."""
+        return self._store is not None and self._store.has(_key(query, train))
+
+    def write(self, query: int, train: int, parts: dict[str, Tensor]) -> None:
+        """Finish a tile from its parts by layer, or from its total alone (named ``""``)."""
+        if WHOLE not in parts:
+            parts = {WHOLE: torch.stack(list(parts.values())).sum(0), **parts}
+        if self._store is not None:
+            self._store.write(_key(query, train), {name or "total": part for name, part in parts.items()})
+            return
+        self._place(query, train, parts)
+
+    def result(self) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """The whole matrix and its parts by layer."""
+        if self._store is not None:
+            self._values = {name: torch.empty(self.queries, self.n, dtype=self._dtype) for name in self._names()}
+            for key in sorted(self._store.keys_done):
+                query, train = (int(part[1:]) for part in key.split("-"))
+                tile = self._store.read(key)
+                self._place(query, train, {"" if name == "total" else name: part for name, part in tile.items()})
+        layers = {name: self._values[name] for name in self.layers} if self.layers is not None else None
+        return self._values[WHOLE], layers
+
+    def _place(self, query: int, train: int, parts: Mapping[str, Tensor]) -> None:
+        for name, part in parts.items():
+            rows, columns = part.shape
+            self._values[name][query : query + rows, train : train + columns] = part.to(self._dtype)
+
+    def _names(self) -> list[str]:
+        return [WHOLE, *(self.layers or ())]
+
+    def __enter__(self) -> ScoreTiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._store is not None:
+            self._store.close()
+
+
+def _key(query: int, train: int) -> str:
+    return f"q{query:09d}-t{train:09d}"
+
+
+def _begun_panel(folder: Path) -> int | None:
+    try:
+        return int(json.loads((folder / "manifest.json").read_text())["manifest"]["grid"]["panel"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # nothing there yet, or nothing readable: opening it will say so

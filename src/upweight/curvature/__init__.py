@@ -1,0 +1,7 @@
+"""What stands in for the Hessian, and how to apply its damped inverse."""
+
+from upweight.curvature.curvature import Curvature, Inverse
+from upweight.curvature.damping import Damping
+from upweight.curvature.fit import fit_curvature
+
+__all__ = ["Curvature", "Damping", "Inverse", "fit_curvature"]

@@ -1,0 +1,171 @@
+"""The curvature of one layer, kept with its raw eigenvalues: changing the damping costs nothing.
+
+Each operator applies ``(H + damping I)^-1`` to a gradient block and gives the quadratic form of one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from upweight.errors import UpweightError
+from upweight.gradients.blocks import Block, Dense, Eigenbasis, Factored, Sparse, Spectral, flatten_groups
+from upweight.gradients.contraction import tiles
+
+
+class LayerCurvature(Protocol):
+    """Curvature of one layer."""
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Raw eigenvalues, undamped, in any shape with `numel` entries (an identity's is a single 1)."""
+        ...
+
+    def precondition(self, block: Block, damping: float) -> Block:
+        """``(H + damping I)^-1 G`` for every gradient of a block."""
+        ...
+
+    def quadratic(self, block: Block, damping: float) -> Tensor:
+        """``G^T (H + damping I)^-1 G`` for every gradient of a block, [batch]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """No curvature: ``H = I`` and damping is ignored."""
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        return torch.ones(1)
+
+    def precondition(self, block: Block, damping: float) -> Block:
+        return block
+
+    def quadratic(self, block: Block, damping: float) -> Tensor:
+        return torch.cat([block[rows].dense().square().sum(1) for rows in tiles(block)])
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """``H = diag(values)``: values [numel] in the block's flat order."""
+
+    values: Tensor
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        return self.values
+
+    def precondition(self, block: Block, damping: float) -> Block:
+        inverse = _inverse(self.values, damping)
+        if isinstance(block, Sparse):  # rows that were looked up, each scaled by its own table row
+            return Sparse(block.ids, block.rows * inverse.reshape(block.table)[block.ids], block.table)
+        return Dense(block.dense() * inverse)
+
+    def quadratic(self, block: Block, damping: float) -> Tensor:
+        inverse = _inverse(self.values, damping)
+        return torch.cat([block[rows].dense().square() @ inverse for rows in tiles(block)])
+
+
+@dataclass(frozen=True)
+class Full:
+    """A small exact block ``H = V diag(values) V^T``: values [numel], vectors [numel, numel]."""
+
+    values: Tensor
+    vectors: Tensor
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        return self.values
+
+    def precondition(self, block: Block, damping: float) -> Block:
+        rotated = block.dense() @ self.vectors
+        return Dense((rotated * _inverse(self.values, damping)) @ self.vectors.mT)
+
+    def quadratic(self, block: Block, damping: float) -> Tensor:
+        return (block.dense() @ self.vectors).square() @ _inverse(self.values, damping)
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """``H = (Q_B x Q_A) diag(values) (Q_B x Q_A)^T``, for K-FAC (values ``beta alpha^T``) and EK-FAC (measured values).
+
+    Attributes:
+        basis: eigenvectors of the output-gradient factor B (rows) and of the input factor A (cols).
+        values: [group, R, C].
+    """
+
+    basis: Eigenbasis
+    values: Tensor
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        return self.values
+
+    def precondition(self, block: Block, damping: float) -> Block:
+        inverse = _inverse(self.values, damping)
+        if isinstance(block, Factored) and block.positions == 1:
+            return Spectral(*self.basis.rotate(block), self.basis, inverse)
+        groups, rows, cols = self.values.shape
+        parts = []
+        for part in tiles(block):  # several positions: the gradient itself is smaller than its factors' rotation
+            gradients = block[part].dense().reshape(-1, groups, rows, cols).transpose(0, 1)
+            rotated = self.basis.rotate_dense(gradients).mul_(inverse[:, None])
+            parts.append(flatten_groups(self.basis.back(rotated)))
+        return Dense(torch.cat(parts))
+
+    def quadratic(self, block: Block, damping: float) -> Tensor:
+        inverse = _inverse(self.values, damping)
+        out = []
+        for part in tiles(block):
+            tile = block[part]
+            if isinstance(tile, Factored) and tile.positions == 1:
+                left, right = (f[:, :, 0].square() for f in self.basis.rotate(tile))  # [group, batch, .]
+                out.append(((left @ inverse) * right).sum((0, 2)))
+            else:
+                out.append(rotated_gradients(self.basis, tile).square_().mul_(inverse[:, None]).sum((0, 2, 3)))
+        return torch.cat(out)
+
+
+def rotated_gradients(
+    basis: Eigenbasis, block: Block, right: Tensor | None = None, factors_first: bool | None = None
+) -> Tensor:
+    """``Q_B^T G Q_A`` [group, batch, R, C], rotating the factors or the gradient, whichever takes fewer operations.
+
+    Args:
+        basis: the eigenbasis.
+        block: the gradients.
+        right: the block's right factor, rotated before if `factors_first`, where the caller has it already.
+        factors_first: which way; decided by the shapes if None.
+    """
+    if not isinstance(block, Factored):
+        groups, rows, cols = basis.rows.shape[0], basis.rows.shape[-1], basis.cols.shape[-1]
+        return basis.rotate_dense(block.dense().reshape(-1, groups, rows, cols).transpose(0, 1))
+    left = block.left()
+    ready = right is not None
+    right = block.right() if right is None else right
+    if factors_first is None:
+        factors_first = rotate_factors_first(left.shape[2], left.shape[3], right.shape[3])
+    if not factors_first:
+        return basis.rotate_dense(left.mT @ right)
+    left = left @ basis.rows[:, None]
+    right = right if ready else right @ basis.cols[:, None]
+    return left.mT @ right
+
+
+def rotate_factors_first(positions: int, rows: int, cols: int) -> bool:
+    """Whether rotating T factors costs less than rotating one R x C gradient."""
+    return positions * (rows**2 + cols**2) < rows * cols * (rows + cols)
+
+
+def _inverse(values: Tensor, damping: float) -> Tensor:
+    damped = values + damping
+    smallest = float(damped.min()) if damped.numel() else 1.0
+    if not smallest > torch.finfo(values.dtype).eps * float(values.max()) * 1e-3 or smallest == 0:
+        raise UpweightError(
+            f"damping={damping:g} leaves the curvature singular (smallest damped eigenvalue {smallest:.1e}) -> use "
+            "damping='auto' or a larger number"
+        )
+    return 1 / damped

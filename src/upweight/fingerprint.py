@@ -1,0 +1,25 @@
+"""Content hashes of models, so that a result or a cache says what it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Hash of every parameter's and buffer's name, shape, dtype and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def model_versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Where each tensor is and how often it was written to: a cheap sign of whether a model changed."""
+    return tuple((t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers()))
