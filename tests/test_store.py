@@ -56,7 +56,9 @@ def test_every_dtype_and_awkward_shape_comes_back(tmp_path, dtype):
     with ShardStore.open(tmp_path, {}) as store:
         store.write("a", tensors)
         store.write("nothing", {})
-    assert_same(store.read("a"), tensors)
+    found = store.read("a")
+    assert_same(found, tensors)
+    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in found.values())
     assert store.read("nothing") == {}
 
 
@@ -241,6 +243,30 @@ def test_any_flipped_byte_in_the_bookkeeping_names_the_file(tmp_path, name):
         assert str(path) in str(caught.value) and not isinstance(caught.value, CacheMismatchError)
         flip(path, position)
     ShardStore.open(tmp_path, MANIFEST, read_only=True).verify()
+
+
+def test_opening_a_damaged_store_does_not_lock_it(tmp_path):
+    filled(tmp_path)
+    flip(tmp_path / "ledger.jsonl", 5)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="line 1 -> delete that line") as caught:
+            ShardStore.open(tmp_path, MANIFEST)
+    assert (
+        caught.tb is not None
+    )  # which keeps the failed store alive; it still must have let go of the folder
+    flip(tmp_path / "ledger.jsonl", 5)
+    ShardStore.open(tmp_path, MANIFEST).close()
+
+
+def test_only_a_writer_removes_what_a_killed_run_left(tmp_path):
+    filled(tmp_path)
+    left = [tmp_path / ".manifest.json.tmp", tmp_path / "parts" / ".part-7.safetensors.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    ShardStore.open(tmp_path, MANIFEST, read_only=True).verify()
+    assert all(path.exists() for path in left)
+    ShardStore.open(tmp_path, MANIFEST).close()
+    assert not any(path.exists() for path in left)
 
 
 def test_a_ledger_torn_anywhere_in_its_last_line_costs_that_shard_only(tmp_path):
