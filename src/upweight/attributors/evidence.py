@@ -10,7 +10,8 @@ import torch
 
 from upweight.cache import CachePass
 from upweight.curvature import Inverse
-from upweight.gradients import Gradients, Router
+from upweight.gradients import Factored, Gradients, Router, Spectral
+from upweight.gradients.separable import exact_scores
 from upweight.passes import Kept
 
 if TYPE_CHECKING:
@@ -33,15 +34,15 @@ def influence_info(method: Influence, fitted: _Fitted) -> dict[str, Any]:
         "fisher": kind if method.curvature != "identity" else None,
         "fisher_columns": columns,
         "represented": fitted.curvature.info.get("represented", {}),
-        "damping": fitted.curvature.damping(method.damping),
-        "damping_rule": f"{method.damping.value:g} x mean eigenvalue" if method.damping.relative else "absolute",
+        "damping": f"{method.damping.value:g} x mean eigenvalue" if method.damping.relative else method.damping.value,
+        "layer_damping": fitted.curvature.damping(method.damping),
         "higher_is_better": method.task.higher_is_better,
         "convention": "positive = proponent: removing the training example is predicted to make the query worse",
         "coverage": {
             "parameters": coverage.parameters,
             "squared_gradient_norm": coverage.squared_norm,
-            "layers": coverage.layers,
         },
+        "layers": coverage.layers,
         "n": fitted.examples.n,
         "batch_size": fitted.batch_size,
         "training_gradients": stored,
@@ -61,8 +62,13 @@ def measure_separable_error(query: Gradients, train: Gradients, inverse: Inverse
     for name in router.terms:
         curvature = inverse.curvature.layers[name]
         preconditioned = curvature.precondition(query[name], inverse.damping[name])
-        approximate = router.contract(name, preconditioned, train[name])
-        exact = preconditioned.dense() @ train[name].dense().mT
+        block = train[name]
+        if not isinstance(preconditioned, Spectral) or not isinstance(block, Factored):
+            continue
+        approximate = router.contract(name, preconditioned, block)
+        left, right = preconditioned.basis.rotate(block)
+        factors = preconditioned.left[0, :, 0], preconditioned.right[0, :, 0]
+        exact = exact_scores(preconditioned.filter[0], factors, (left[0, :, 0], right[0, :, 0]))
         difference = approximate - exact if difference is None else difference + approximate - exact
         norm = exact if norm is None else norm + exact
     if difference is None or norm is None:

@@ -94,11 +94,7 @@ def separate(
     u = left * values / row_weight[:, None]
     w = right.mT / col_weight[:, None]
     (left_q, right_q), (left_t, right_t) = query, train
-    exact = torch.einsum(
-        "qrc,nrc->qn",
-        spectral_filter * left_q[:, :, None] * right_q[:, None, :],
-        left_t[:, :, None] * right_t[:, None, :],
-    )
+    exact = exact_scores(spectral_filter, query, train)
     norm = exact.norm()
     if not norm > 0:
         return Terms(u[:, :1], w[:, :1], 0.0)
@@ -109,6 +105,13 @@ def separate(
         if error <= tolerance:
             return Terms(u[:, : k + 1].contiguous(), w[:, : k + 1].contiguous(), error)
     return None
+
+
+def exact_scores(spectral_filter: Tensor, query: tuple[Tensor, Tensor], train: tuple[Tensor, Tensor]) -> Tensor:
+    """Scores [q, n] without any approximation, for a few queries: ``left_i^T [filter o left_q right_q^T] right_i``."""
+    (left_q, right_q), (left_t, right_t) = query, train
+    filtered = spectral_filter * left_q[:, :, None] * right_q[:, None, :]  # [q, R, C]
+    return ((left_t @ filtered) * right_t).sum(-1)
 
 
 def _weights(eigenvalues: Tensor, axis: int) -> Tensor:
