@@ -1,0 +1,184 @@
+"""The demo's tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+
+from upweight.demo.data import ImageSet
+from upweight.demo.results import DemoRun
+from upweight.scores import Ranking
+
+_SUSPECTS = 12
+
+
+def print_setup(
+    console: Console,
+    images: ImageSet,
+    flipped: Tensor,
+    model: nn.Module,
+    accuracy: float,
+    seconds: dict[str, float],
+) -> None:
+    """What was trained on what."""
+    parameters = sum(weight.numel() for weight in model.parameters())
+    height, width = images.train.inputs.shape[2:]
+    console.print(
+        f"[bold]{escape(images.name)}[/]: {len(images.train):,} training images of {height} x {width} pixels in "
+        f"{len(images.classes)} classes; {int(flipped.sum())} of their labels were flipped on purpose.\n"
+        f"A convolutional network of {parameters:,} weights, trained in {seconds['train the network']:.1f} s, "
+        f"classifies {accuracy:.1%} of {len(images.test):,} unseen images right.",
+        highlight=False,
+    )
+
+
+def print_findings(console: Console, run: DemoRun, page: Path) -> None:
+    """Everything after training: the explained images, the suspects and the proof."""
+    shown = 3 if console.width >= 110 else 2
+    console.print(_queries(run, shown), _suspects(run), _detections(run), sep="\n")
+    if run.removals:
+        console.print(_removals(run))
+        console.print(removal_sentence(run), highlight=False)
+    steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in run.seconds.items())
+    console.print(f"\n[dim]{steps}; {sum(run.seconds.values()):.0f} s in all[/]", highlight=False)
+    console.print(f"[bold]Open {escape(str(page))}[/] to see the images.", highlight=False, soft_wrap=True)
+
+
+def removal_sentence(run: DemoRun) -> str:
+    """The proof by retraining in words."""
+    together = run.agreement
+    if together is None:
+        return ""
+    removed = len(run.removals[0].proponents.removed)
+    return (
+        f"Without their {removed} top proponents {together.wins} of {len(run.removals)} images lost more than without "
+        f"{removed} random images of the same class: on average {together.proponents:+.2f} against "
+        f"{together.control:+.2f} nats, predicted {together.predicted:+.2f} against {together.predicted_control:+.2f} "
+        f"(correlation {together.correlation:.2f}; one predicted nat turned out to be {together.slope:.2f})."
+    )
+
+
+def _queries(run: DemoRun, shown: int) -> Table:
+    table = _table(
+        "Which training images made it predict this?",
+        "Beside each label: predicted change of the test image's loss, in nats, if that one training image is "
+        "removed and the network trained again. [magenta]*[/] marks a label that was flipped on purpose.",
+    )
+    table.add_column("test image", justify="right")
+    table.add_column("is")
+    table.add_column("predicted")
+    table.add_column("loss", justify="right")
+    table.add_column("proponents: removal raises it", style="cyan")
+    table.add_column("opponents: removal lowers it", style="yellow")
+    for row, position in enumerate(run.queries.tolist()):
+        label, guess = int(run.images.test.labels[position]), int(run.predicted[row])
+        table.add_row(
+            escape(str(run.images.test.ids[position])),
+            _name(run, label),
+            f"[bold red]{_name(run, guess)}[/]" if guess != label else _name(run, guess),
+            f"{float(run.query_losses[row]):.2f}",
+            _ranked(run, row, run.scores.top_k(shown)),
+            _ranked(run, row, run.scores.bottom_k(shown)),
+        )
+    return table
+
+
+def _ranked(run: DemoRun, row: int, ranking: Ranking[list[int | str]]) -> str:
+    return "  ".join(
+        f"{_name(run, int(run.given[position]))}{'[magenta]*[/]' if run.flipped[position] else ''} "
+        f"[dim]{value:+.3f}[/]"
+        for position, value in zip(ranking.positions[row].tolist(), ranking.values[row].tolist())
+    )
+
+
+def _suspects(run: DemoRun) -> Table:
+    table = _table(
+        "Which training labels look wrong? (highest self-influence first)",
+        "Self-influence: predicted rise of an image's own loss, in nats, if it is removed. It is high for what "
+        "the network learns from this image alone: a wrong label, or a rare image.",
+    )
+    for heading in ("rank", "training image", "given label", "truth", "self-influence", "loss"):
+        table.add_column(heading, justify="left" if heading in ("given label", "truth") else "right")
+    ranking = run.suspects.values.argsort(descending=True)[:_SUSPECTS].tolist()
+    for rank, position in enumerate(ranking, start=1):
+        flipped = bool(run.flipped[position])
+        truth = f"flipped, is {_name(run, int(run.images.train.labels[position]))}" if flipped else "as given"
+        table.add_row(
+            str(rank),
+            escape(str(run.images.train.ids[position])),
+            _name(run, int(run.given[position])),
+            f"[magenta]{truth}[/]" if flipped else truth,
+            f"{float(run.suspects.values[position]):.3f}",
+            f"{float(run.train_losses[position]):.2f}",
+        )
+    return table
+
+
+def _detections(run: DemoRun) -> Table:
+    count = int(run.flipped.sum())
+    table = _table(
+        f"Proof 1: how well are the {count} flipped labels found?",
+        f"AUROC: chance that a flipped label ranks above an unflipped one. Precision: flipped labels among the "
+        f"first {count}. Average precision: over all ranks.",
+    )
+    for heading in ("ranked by", "AUROC", f"precision at {count}", "average precision"):
+        table.add_column(heading, justify="left" if heading == "ranked by" else "right")
+    for one in run.detections:
+        figures = (f"{value:.3f}" for value in (one.auroc, one.precision, one.average_precision))
+        table.add_row(one.name, *figures, style="bold" if one is run.detections[0] else None)
+    return table
+
+
+def _removals(run: DemoRun) -> Table:
+    first = run.removals[0].proponents
+    table = _table(
+        "Proof 2: does retraining do what was predicted?",
+        f"Change of the test image's loss in nats, mean and standard deviation over {len(first.measured)} "
+        f"seeds, when {len(first.removed)} training images are left out.",
+    )
+    columns = ("without its top proponents", "predicted", "without random images", "predicted")
+    for heading in ("test image", "is", *columns):
+        table.add_column(heading, justify="left" if heading == "is" else "right")
+    for pair in run.removals:
+        position = int(run.queries[pair.proponents.query])
+        table.add_row(
+            escape(str(run.images.test.ids[position])),
+            _name(run, int(run.images.test.labels[position])),
+            f"{pair.proponents.mean:+.2f} ± {pair.proponents.spread:.2f}",
+            f"{pair.proponents.predicted:+.2f}",
+            f"{pair.control.mean:+.2f} ± {pair.control.spread:.2f}",
+            f"{pair.control.predicted:+.2f}",
+        )
+    together = run.agreement
+    if together is not None:
+        means: Sequence[float] = (
+            together.proponents,
+            together.predicted,
+            together.control,
+            together.predicted_control,
+        )
+        table.add_section()
+        table.add_row("mean", "", *(f"{value:+.2f}" for value in means), style="bold")
+    return table
+
+
+def _name(run: DemoRun, label: int) -> str:
+    return escape(run.images.classes[label])
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(
+        title=f"\n{title}",
+        title_style="bold",
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
