@@ -268,7 +268,7 @@ class _OutputTask(Task):
             return self.loss(outputs, targets)[:, None], None
         if kind == "exact":
             root = self.hessian_root(outputs.detach())  # [batch, outputs, columns]
-            return torch.einsum("bo,boc->bc", outputs.flatten(1), root), None
+            return torch.einsum("bo,boc->bc", outputs.reshape(len(outputs), -1), root), None
         if drawn is None:
             drawn = self.draw(outputs.detach(), draws, generator)
         losses = [self.nll(outputs, drawn[:, d]) for d in range(draws)]
