@@ -1,8 +1,8 @@
 """What an EK-FAC job has to compute at the least, and how fast this machine multiplies matrices.
 
 The bound counts only matrix products, each once and by the cheapest exact route that this project knows, and charges
-nothing for memory traffic, storage, elementwise work or Python. For a tracked layer with T positions, O outputs and I inputs
-(the bias is one more input), per training example:
+nothing for memory traffic, storage, elementwise work or Python. For a tracked layer with T positions, O outputs and I
+inputs (the bias is one more), per training example:
 
     capture       forward, and backward to every tracked layer without weight gradients (counted on the real model)
     covariances   T·(O² + I²): both are symmetric, so half of the products are enough

@@ -42,9 +42,9 @@ class Spec:
 
 
 SPECS = {
-    "mlp": Spec("MLP 64-256-128-10, digits", 360, 1437, 1e-4, 128, 128),
-    "resnet9": Spec("ResNet-9 16-32-64-128, 32x32x3", 100, 2000, 1e-3, 100, 32),
-    "gpt": Spec("GPT 4 x 128, length 128, bytes", 16, 512, 1e-3, 16, 16),
+    "mlp": Spec("MLP 64-256-128-10", 360, 1437, 1e-4, 128, 128),
+    "resnet9": Spec("ResNet-9 16-32-64-128", 100, 2000, 1e-3, 100, 32),
+    "gpt": Spec("GPT 4 x 128, length 128", 16, 512, 1e-3, 16, 16),
 }
 
 
