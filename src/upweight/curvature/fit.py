@@ -7,7 +7,7 @@ results do not depend on how the data was cut into batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -87,33 +87,86 @@ def _accumulator(kind: str, layer: Layer) -> _Factors | _Square | _Outer:
     return _Outer()
 
 
+class _Sum:
+    """A running sum of matrix products: a few are gathered in the factors' precision, then added up in float64."""
+
+    GATHER = 16
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self._partial: Tensor | None = None
+        self._gathered = 0
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add ``left^T right`` of [group, example, .] factors, in place where possible."""
+        if self._partial is None:
+            self._partial = left.mT @ right
+        else:
+            self._partial.baddbmm_(left.mT, right)
+        self._gathered += 1
+        if self._gathered == self.GATHER:
+            self._flush()
+
+    def add(self, part: Tensor) -> None:
+        """Add a tensor."""
+        self._partial = part if self._partial is None else self._partial.add_(part)
+        self._gathered += 1
+        if self._gathered == self.GATHER:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._partial is not None:
+            part = self._partial.double()
+            self.total = part if self.total is None else self.total.add_(part)
+        self._partial, self._gathered = None, 0
+
+    def value(self) -> Tensor | None:
+        """The sum so far, float64."""
+        self._flush()
+        return self.total
+
+
 class _Factors:
     """K-FAC's factors: ``A = mean over positions of a a^T`` and ``B = (1/n) sum over examples and positions of d d^T``."""
 
     def __init__(self) -> None:
-        self.rows: Tensor | None = None
-        self.cols: Tensor | None = None
+        self.rows, self.cols, self.edge = _Sum(), _Sum(), _Sum()
         self.positions = 0
+        self.ones = False
 
     def add(self, columns: Sequence[Any], where: str) -> None:
         first = columns[0]
         if not isinstance(first, Factored):  # the objective does not reach this layer: its gradients are zero
             return
+        self.ones = first.ones
         for part in tiles(first):
-            right = first[part].right().flatten(1, 2)  # [group, batch * position, C]
-            self.cols = _added(self.cols, right.mT @ right)
+            tile = first[part]
+            inputs = tile.inputs()  # [group, batch, position, C]
+            real = tile.real()
+            if real is not None:  # padding has no gradient, but it does have inputs
+                inputs = inputs * real[None, :, :, None]
+            self.positions += len(tile) * tile.positions if real is None else int(real.sum())
+            inputs = inputs.flatten(1, 2)
+            self.cols.add_product(inputs, inputs)
+            _check_finite(sums := inputs.sum(1), where)
+            if self.ones:  # the constant input's row of A: the sums of the others, and the count
+                self.edge.add(sums)
             for column in columns:
-                left = column[part].left().flatten(1, 2)
-                self.rows = _added(self.rows, left.mT @ left)
-        self.positions += len(first) * first.positions
-        _check_finite(self.rows, where)
-        _check_finite(self.cols, where)
+                left = column[part].left()
+                left = (left if real is None else left * real[None, :, :, None]).flatten(1, 2)
+                _check_finite(left.sum(1), where)
+                self.rows.add_product(left, left)
 
     def finish(self, n: int, where: str, dtype: torch.dtype) -> LayerCurvature:
-        if self.rows is None or self.cols is None:
+        rows, cols = self.rows.value(), self.cols.value()
+        if rows is None or cols is None:
             raise UpweightError(f"{where} got no gradient from any training example -> leave it out with parameters=")
-        beta, q_b = eigh(self.rows / n, f"the output-gradient factor of {where}", dtype)
-        alpha, q_a = eigh(self.cols / self.positions, f"the input factor of {where}", dtype)
+        if self.ones and (edge := self.edge.value()) is not None:
+            count = torch.full_like(edge[:, :1], self.positions)
+            last = torch.cat([edge, count], 1)[:, None]  # [group, 1, C + 1]
+            cols = torch.cat([torch.cat([cols, edge[:, :, None]], 2), last], 1)
+        beta, q_b = eigh(rows / n, f"the output-gradient factor of {where}", dtype)
+        alpha, q_a = eigh(cols / self.positions, f"the input factor of {where}", dtype)
         return Kronecker(Eigenbasis(q_b, q_a), beta[:, :, None] * alpha[:, None, :])
 
 
@@ -121,34 +174,37 @@ class _Square:
     """``diag(F) = (1/n) sum of squared gradients``."""
 
     def __init__(self) -> None:
-        self.total: Tensor | None = None
+        self.sum = _Sum()
 
     def add(self, columns: Sequence[Any], where: str) -> None:
         for block in columns:
             for part in tiles(block):
-                self.total = _added(self.total, block[part].dense().square().sum(0))
-        _check_finite(self.total, where)
+                square = block[part].dense().square().sum(0)
+                _check_finite(square.sum(), where)
+                self.sum.add(square)
 
     def finish(self, n: int, where: str, dtype: torch.dtype) -> LayerCurvature:
-        assert self.total is not None
-        return Diagonal((self.total / n).to(dtype))
+        total = self.sum.value()
+        assert total is not None
+        return Diagonal((total / n).to(dtype))
 
 
 class _Outer:
     """``F = (1/n) sum of g g^T``, for a layer with few parameters."""
 
     def __init__(self) -> None:
-        self.total: Tensor | None = None
+        self.sum = _Sum()
 
     def add(self, columns: Sequence[Any], where: str) -> None:
         for block in columns:
             dense = block.dense()
-            self.total = _added(self.total, dense.mT @ dense)
-        _check_finite(self.total, where)
+            _check_finite(dense.sum(0), where)
+            self.sum.add_product(dense[None], dense[None])
 
     def finish(self, n: int, where: str, dtype: torch.dtype) -> LayerCurvature:
-        assert self.total is not None
-        values, vectors = eigh(self.total / n, f"the Fisher block of {where}", dtype)
+        total = self.sum.value()
+        assert total is not None
+        values, vectors = eigh(total[0] / n, f"the Fisher block of {where}", dtype)
         return Full(values, vectors)
 
 
@@ -157,52 +213,42 @@ def _correct_eigenvalues(
 ) -> dict[str, LayerCurvature]:
     """EK-FAC: ``Lambda = (1/n) sum of (Q_B^T G Q_A)^2``, the Fisher's diagonal in K-FAC's eigenbasis (arXiv 1806.03884)."""
     kronecker = {name: layer for name, layer in fitted.items() if isinstance(layer, Kronecker)}
-    moments: dict[str, Tensor | None] = dict.fromkeys(kronecker)
-    for start, columns in source:
+    moments = {name: _Sum() for name in kronecker}
+    for _, columns in source:
         for name, layer in kronecker.items():
-            blocks = [column[name] for column in columns]
-            for moment in _second_moments(layer.basis, blocks):
-                moments[name] = _added(moments[name], moment)
-            _check_finite(moments[name], f"layer {name}, batch from example {start}")
+            _add_second_moments(moments[name], layer.basis, [column[name] for column in columns])
     out = dict(fitted)
     for name, layer in kronecker.items():
-        moment = moments[name]
+        moment = moments[name].value()
         assert moment is not None
+        _check_finite(moment, f"layer {name}")
         out[name] = Kronecker(layer.basis, (moment / n).to(dtype))
     return out
 
 
-def _second_moments(basis: Eigenbasis, blocks: Sequence[Any]) -> Iterator[Tensor]:
-    """Sums over tiles of squared rotated gradients [group, R, C]; the columns of a batch share their rotated inputs."""
+def _add_second_moments(moments: _Sum, basis: Eigenbasis, blocks: Sequence[Any]) -> None:
+    """Add squared rotated gradients [group, R, C]; the columns of a batch share their rotated inputs."""
     first = blocks[0]
     for part in tiles(first):
         tile = first[part]
         if not isinstance(tile, Factored):
             for block in blocks:
-                yield rotated_gradients(basis, block[part]).square_().sum(1)
+                moments.add(rotated_gradients(basis, block[part]).square_().sum(1))
             continue
-        right = tile.right()
-        rows, cols = basis.rows.shape[-1], right.shape[-1]
-        factors_first = rotate_factors_first(right.shape[2], rows, cols)
-        if right.shape[2] == 1:  # one position: (left^2)^T (right^2), no gradient is ever formed
-            squares = (right[:, :, 0] @ basis.cols).square_()
+        rows, cols = basis.rows.shape[-1], basis.cols.shape[-1]
+        if tile.positions == 1:  # one position: (left^2)^T (right^2), no gradient is ever formed
+            squares = basis.rotate_inputs(tile)[:, :, 0].square_()
             for block in blocks:
                 left = block[part].left()[:, :, 0] @ basis.rows
-                yield left.square_().mT @ squares
+                moments.add_product(left.square_(), squares)
             continue
-        if factors_first:
-            right = (right.flatten(1, 2) @ basis.cols).reshape(right.shape)
+        factors_first = rotate_factors_first(tile.positions, rows, cols)
+        right = basis.rotate_inputs(tile) if factors_first else tile.right()
         for block in blocks:
-            yield rotated_gradients(basis, block[part], right, factors_first).square_().sum(1)
+            moments.add(rotated_gradients(basis, block[part], right, factors_first).square_().sum(1))
 
 
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    part = part.double()
-    return part if total is None else total.add_(part)
-
-
-def _check_finite(total: Tensor | None, where: str) -> None:
-    if total is not None and not bool(torch.isfinite(total).all()):
+def _check_finite(sums: Tensor, where: str) -> None:
+    """Raise if any of these sums is not finite: they are NaN or infinite whenever one of their terms is."""
+    if not bool(torch.isfinite(sums).all()):
         raise UpweightError(f"{where}: the curvature is not finite -> look for exploding gradients or bad examples there")
-
-

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from upweight.errors import UpweightError
-from upweight.gradients.blocks import Block, Dense, Eigenbasis, Factored, Sparse, Spectral, flatten_groups
+from upweight.gradients.blocks import Block, Dense, Eigenbasis, Factored, Sparse, Spectral, flatten_groups, matmul_last
 from upweight.gradients.contraction import tiles
 
 
@@ -143,16 +143,12 @@ def rotated_gradients(
     if not isinstance(block, Factored):
         groups, rows, cols = basis.rows.shape[0], basis.rows.shape[-1], basis.cols.shape[-1]
         return basis.rotate_dense(block.dense().reshape(-1, groups, rows, cols).transpose(0, 1))
-    left = block.left()
-    ready = right is not None
-    right = block.right() if right is None else right
     if factors_first is None:
-        factors_first = rotate_factors_first(left.shape[2], left.shape[3], right.shape[3])
-    if not factors_first:
-        return basis.rotate_dense(left.mT @ right)
-    left = left @ basis.rows[:, None]
-    right = right if ready else right @ basis.cols[:, None]
-    return left.mT @ right
+        factors_first = rotate_factors_first(block.positions, basis.rows.shape[-1], basis.cols.shape[-1])
+    if factors_first:
+        right = basis.rotate_inputs(block) if right is None else right
+        return matmul_last(block.left(), basis.rows).mT @ right
+    return basis.rotate_dense(block.left().mT @ (block.right() if right is None else right))
 
 
 def rotate_factors_first(positions: int, rows: int, cols: int) -> bool:

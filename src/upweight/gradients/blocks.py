@@ -11,7 +11,7 @@ Every block flattens to the same [batch, parameters] matrix through `dense`, whi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -31,12 +31,17 @@ class Piece:
             [batch, k, *space, channel] that `patches` cuts into windows, late, because windows overlap.
         patches: the windows' geometry, or None.
         windows: windows to cut along each axis.
+        swapped: whether the layer's input is along the rows and its output gradient along the columns.
+        real: [batch, position], False where a position is padding, or None if all are real. Curvature statistics leave
+            padding out; the gradient needs no telling, because a padded position's output gradient is zero.
     """
 
     rows: Tensor
     cols: Tensor
     patches: Patches | None = None
     windows: tuple[int, ...] = ()
+    swapped: bool = False
+    real: Tensor | None = None
 
     def left(self, groups: int) -> Tensor:
         """[group, batch, position, row / group]."""
@@ -55,7 +60,8 @@ class Piece:
         return cols[None]
 
     def __getitem__(self, rows: slice) -> Piece:
-        return Piece(self.rows[rows], self.cols[rows], self.patches, self.windows)
+        real = None if self.real is None else self.real[rows]
+        return replace(self, rows=self.rows[rows], cols=self.cols[rows], real=real)
 
 
 @dataclass(frozen=True)
@@ -81,12 +87,34 @@ class Factored:
 
     def right(self) -> Tensor:
         """[group, batch, position, column]."""
-        parts = [piece.right(self.groups, self.ones) for piece in self.pieces]
+        return self._right(self.ones)
+
+    def inputs(self) -> Tensor:
+        """`right` without the column of ones, which most products can do without."""
+        return self._right(False)
+
+    def _right(self, ones: bool) -> Tensor:
+        parts = [piece.right(self.groups, ones) for piece in self.pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def dense(self) -> Tensor:
         """[batch, group * row * column]."""
         return materialise(self.left(), self.right())
+
+    def real(self) -> Tensor | None:
+        """[batch, position], 0 where a position is padding; None if all are real."""
+        if all(piece.real is None for piece in self.pieces):
+            return None
+        parts = [p.rows.new_ones(p.rows.shape[:2]) if p.real is None else p.real.to(p.rows) for p in self.pieces]
+        return torch.cat(parts, 1)
+
+    def masked(self, mask: Tensor) -> Factored:
+        """The same gradients, knowing which positions are padding: mask [batch, position] of bools, for uses of that many."""
+        pieces = tuple(
+            replace(p, real=mask) if p.patches is None and p.rows.shape[1] == mask.shape[1] else p
+            for p in self.pieces
+        )
+        return replace(self, pieces=pieces)
 
     def __getitem__(self, rows: slice) -> Factored:
         return Factored(tuple(piece[rows] for piece in self.pieces), self.groups, self.ones)
@@ -157,7 +185,17 @@ class Eigenbasis:
 
     def rotate(self, block: Factored) -> tuple[Tensor, Tensor]:
         """A gradient's left [group, batch, position, R] and right [.., C] factors in this basis."""
-        return matmul_last(block.left(), self.rows), matmul_last(block.right(), self.cols)
+        return matmul_last(block.left(), self.rows), self.rotate_inputs(block)
+
+    def rotate_inputs(self, block: Factored) -> Tensor:
+        """The right factor in this basis; a column of ones turns into the basis's last row, added."""
+        inputs = block.inputs()
+        if not block.ones:
+            return matmul_last(inputs, self.cols)
+        groups, batch, positions, width = inputs.shape
+        flat = inputs.reshape(groups, batch * positions, width)
+        rotated = torch.baddbmm(self.cols[:, width:], flat, self.cols[:, :width])
+        return rotated.reshape(groups, batch, positions, -1)
 
     def rotate_dense(self, gradients: Tensor) -> Tensor:
         """``Q_B^T G Q_A`` of gradients [group, batch, R, C]."""
@@ -243,7 +281,7 @@ def concatenate(blocks: Sequence[Block]) -> Block:
     same = len({tuple(p.cols.shape[1:] for p in b.pieces) for b in parts}) == 1
     if same and len({tuple(p.rows.shape[1:] for p in b.pieces) for b in parts}) == 1:
         pieces = tuple(
-            Piece(torch.cat([p.rows for p in ps]), torch.cat([p.cols for p in ps]), ps[0].patches, ps[0].windows)
+            replace(ps[0], rows=torch.cat([p.rows for p in ps]), cols=torch.cat([p.cols for p in ps]), real=None)
             for ps in zip(*(b.pieces for b in parts), strict=True)
         )
         return Factored(pieces, first.groups, first.ones)
