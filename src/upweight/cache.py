@@ -151,7 +151,13 @@ def encode(gradients: Gradients, precision: Precision) -> tuple[dict[str, Tensor
     for layer, block in gradients.items():
         if isinstance(block, Factored):
             pieces = [
-                {"rows": put(p.rows), "cols": put(p.cols), "patches": _geometry(p.patches), "windows": list(p.windows)}
+                {
+                    "rows": put(p.rows),
+                    "cols": put(p.cols),
+                    "patches": _geometry(p.patches),
+                    "windows": list(p.windows),
+                    "real": None if p.real is None else put(p.real),
+                }
                 for p in block.pieces
             ]
             layers[layer] = {"kind": "factored", "pieces": pieces, "groups": block.groups, "ones": block.ones}
@@ -180,7 +186,13 @@ def decode(
     for layer, spec in meta["layers"].items():
         if spec["kind"] == "factored":
             pieces = tuple(
-                Piece(get(p["rows"]), get(p["cols"]), _patches(p["patches"]), tuple(p["windows"]))
+                Piece(
+                    get(p["rows"]),
+                    get(p["cols"]),
+                    _patches(p["patches"]),
+                    tuple(p["windows"]),
+                    real=None if p["real"] is None else get(p["real"]),
+                )
                 for p in spec["pieces"]
             )
             blocks[layer] = Factored(pieces, spec["groups"], spec["ones"])

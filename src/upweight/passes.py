@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from upweight.data import Examples
-from upweight.gradients import Gradients, Tracker
+from upweight.errors import UpweightError
+from upweight.gradients import Factored, Gradients, Tracker
 from upweight.task import FisherKind
 
 Loaded = TypeVar("Loaded")
@@ -44,7 +45,10 @@ class ModelPass:
     def __iter__(self) -> Iterator[Step[Gradients]]:
         for rows in self.examples.batches(self.batch_size):
             ids = self.examples.ids[rows.start : rows.stop]
-            yield Step(rows.start, rows.stop, lambda b=rows.batch, i=ids: self.tracker.train(b, i))
+            yield Step(rows.start, rows.stop, lambda b=rows.batch, i=ids: self._gradients(b, i))
+
+    def _gradients(self, batch: Any, ids: Sequence[Any]) -> Gradients:
+        return _without_padding(self.tracker.train(batch, ids), self.tracker, batch)
 
 
 class FisherPass:
@@ -62,7 +66,23 @@ class FisherPass:
         for rows in self.examples.batches(self.batch_size):
             ids = self.examples.ids[rows.start : rows.stop]
             columns = self.tracker.fisher(rows.batch, ids, self.kind, self.draws, generator)
+            columns = [_without_padding(column, self.tracker, rows.batch) for column in columns]
             yield Step(rows.start, rows.stop, lambda c=columns: c)
+
+
+def _without_padding(gradients: Gradients, tracker: Tracker, batch: Any) -> Gradients:
+    """The gradients, knowing which positions the task's mask calls padding."""
+    if tracker.task.mask is None:
+        return gradients
+    mask = tracker.task.mask(tracker.move(batch))
+    if mask.ndim != 2 or len(mask) != gradients.batch:
+        raise UpweightError(
+            f"the task's mask has shape {tuple(mask.shape)}, expected [batch, position] with batch {gradients.batch} -> "
+            "return 1 for real positions and 0 for padding"
+        )
+    mask = mask.bool()
+    blocks = {name: b.masked(mask) if isinstance(b, Factored) else b for name, b in gradients.items()}
+    return Gradients(blocks, gradients.router)
 
 
 class EmpiricalPass:

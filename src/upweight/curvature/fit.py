@@ -127,7 +127,11 @@ class _Sum:
 
 
 class _Factors:
-    """K-FAC's factors: ``A = mean over positions of a a^T`` and ``B = (1/n) sum over examples and positions of d d^T``."""
+    """K-FAC's factors: ``A = mean over positions of a a^T`` and ``B = (1/n) sum over examples and positions of d d^T``.
+
+    Where output gradients are along the gradient's columns (transposed convolutions, tied weights), A is made of them and B
+    of inputs; A is then a mean over the Fisher's columns, too, so that the product keeps its size.
+    """
 
     def __init__(self) -> None:
         self.rows, self.cols, self.edge = _Sum(), _Sum(), _Sum()
@@ -137,6 +141,10 @@ class _Factors:
     def add(self, columns: Sequence[Any], where: str) -> None:
         first = columns[0]
         if not isinstance(first, Factored):  # the objective does not reach this layer: its gradients are zero
+            return
+        if len(columns) > 1 and _swapped(first):
+            for column in columns:
+                self.add([column], where)
             return
         self.ones = first.ones
         for part in tiles(first):
@@ -229,6 +237,10 @@ def _correct_eigenvalues(
 def _add_second_moments(moments: _Sum, basis: Eigenbasis, blocks: Sequence[Any]) -> None:
     """Add squared rotated gradients [group, R, C]; the columns of a batch share their rotated inputs."""
     first = blocks[0]
+    if len(blocks) > 1 and _swapped(first):
+        for block in blocks:
+            _add_second_moments(moments, basis, [block])
+        return
     for part in tiles(first):
         tile = first[part]
         if not isinstance(tile, Factored):
@@ -246,6 +258,11 @@ def _add_second_moments(moments: _Sum, basis: Eigenbasis, blocks: Sequence[Any])
         right = basis.rotate_inputs(tile) if factors_first else tile.right()
         for block in blocks:
             moments.add(rotated_gradients(basis, block[part], right, factors_first).square_().sum(1))
+
+
+def _swapped(block: Any) -> bool:
+    """Whether the right factor holds output gradients, which the Fisher's columns do not have in common."""
+    return isinstance(block, Factored) and any(piece.swapped for piece in block.pieces)
 
 
 def _check_finite(sums: Tensor, where: str) -> None:

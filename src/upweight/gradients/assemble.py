@@ -152,18 +152,19 @@ def _piece(layer: MatrixLayer, use: Use, delta: Tensor, layout: Layout, batch: i
     if isinstance(operation, Lookup):
         ids, gradient = _lookup(use, delta, layout, batch, dtype)
         rows = torch.nn.functional.one_hot(ids, layer.weight_shape[0]).to(dtype)
-        return Piece(rows, gradient)
+        return Piece(rows, gradient, swapped=True)
     assert isinstance(operation, Product)
     x = layout.batch_first(use.x, batch).to(dtype)
     delta = layout.batch_first(delta, batch).to(dtype)
     if operation.patches is None:
         x, delta = x.reshape(batch, -1, x.shape[-1]), delta.reshape(batch, -1, delta.shape[-1])
         swap = operation.transposed and not layer.transposed
-        return Piece(x, delta) if swap else Piece(delta, x)
+        return Piece(x, delta, swapped=True) if swap else Piece(delta, x)
     x, delta = x.movedim(2, -1), delta.movedim(2, -1)  # [batch, k, *space, channel]
     rows, cols = (x, delta) if operation.transposed else (delta, x)
     windows = tuple(rows.shape[2:-1])
-    return Piece(rows.reshape(batch, -1, rows.shape[-1]), cols.contiguous(), operation.patches, windows)
+    rows = rows.reshape(batch, -1, rows.shape[-1])
+    return Piece(rows, cols.contiguous(), operation.patches, windows, swapped=operation.transposed)
 
 
 def _lookup(use: Use, delta: Tensor, layout: Layout, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
