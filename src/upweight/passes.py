@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from upweight.data import Examples
+from upweight.data import Examples, Rows
 from upweight.errors import UpweightError
 from upweight.gradients import Factored, Gradients, Tracker
 from upweight.task import FisherKind
@@ -59,15 +59,21 @@ class FisherPass:
     ) -> None:
         self.tracker, self.examples, self.batch_size = tracker, examples, batch_size
         self.kind: FisherKind = kind
-        self.draws, self.seed = draws, seed
+        self.draws = draws
+        # The random state before each step, learned on the first walk, which loads every step in order.
+        self._states = {0: torch.Generator().manual_seed(seed).get_state()}
 
     def __iter__(self) -> Iterator[Step[Sequence[Gradients]]]:
-        generator = torch.Generator().manual_seed(self.seed)
         for rows in self.examples.batches(self.batch_size):
-            ids = self.examples.ids[rows.start : rows.stop]
-            columns = self.tracker.fisher(rows.batch, ids, self.kind, self.draws, generator)
-            columns = [_without_padding(column, self.tracker, rows.batch) for column in columns]
-            yield Step(rows.start, rows.stop, lambda c=columns: c)
+            yield Step(rows.start, rows.stop, lambda r=rows: self._columns(r))
+
+    def _columns(self, rows: Rows) -> Sequence[Gradients]:
+        generator = torch.Generator()
+        generator.set_state(self._states[rows.start])
+        ids = self.examples.ids[rows.start : rows.stop]
+        columns = self.tracker.fisher(rows.batch, ids, self.kind, self.draws, generator)
+        self._states[rows.stop] = generator.get_state()
+        return [_without_padding(column, self.tracker, rows.batch) for column in columns]
 
 
 def _without_padding(gradients: Gradients, tracker: Tracker, batch: Any) -> Gradients:
@@ -97,60 +103,44 @@ class EmpiricalPass:
 
 
 class Kept(Generic[Loaded]):
-    """A pass that is remembered the first time it is walked through, if it fits into `budget` bytes.
+    """A pass whose steps are remembered the first time they are loaded, as many as fit into `budget` bytes.
 
     Args:
         source: the pass.
-        expected: bytes that keeping all of it is expected to take.
-        budget: bytes that may be kept.
+        budget: bytes that may be kept; what does not fit is loaded from the source each time.
         nbytes: bytes of what one step loads.
     """
 
-    def __init__(
-        self, source: Pass[Loaded], expected: float, budget: float, nbytes: Callable[[Loaded], int]
-    ) -> None:
+    def __init__(self, source: Pass[Loaded], budget: float, nbytes: Callable[[Loaded], int]) -> None:
         self.source, self.budget, self.nbytes = source, budget, nbytes
-        self.keeps = expected <= budget
-        self._steps: list[tuple[int, int, Loaded]] | None = None
+        self._kept: dict[int, Loaded] = {}
+        self._bounds: list[tuple[int, int]] = []
+        self._used = 0
 
     @property
-    def in_memory(self) -> bool:
-        """Whether the next walk reads from memory."""
-        return self._steps is not None
+    def share_in_memory(self) -> float:
+        """Share of the steps that the next walk reads from memory."""
+        return len(self._kept) / len(self._bounds) if self._bounds else 0.0
 
     def __iter__(self) -> Iterator[Step[Loaded]]:
-        if self._steps is not None:
-            for start, stop, loaded in self._steps:
-                yield Step(start, stop, lambda x=loaded: x)
+        if self._bounds and len(self._kept) == len(self._bounds):  # the source need not even be read
+            for start, stop in self._bounds:
+                yield Step(start, stop, lambda s=start: self._kept[s])
             return
-        kept: list[tuple[int, int, Loaded]] = []
-        used = 0
-        complete = self.keeps
+        bounds = []
         for step in self.source:
-            if not complete:
-                yield step
-                continue
-            wanted = _Once(step.load)
-            yield Step(step.start, step.stop, wanted)
-            if not wanted.asked:  # a step that nobody loaded (a finished tile) cannot be replayed
-                complete, kept = False, []
-                continue
-            used += self.nbytes(wanted.value)
-            if used > self.budget:
-                complete, kept = False, []
-                continue
-            kept.append((step.start, step.stop, wanted.value))
-        if complete:
-            self._steps = kept
+            bounds.append((step.start, step.stop))
+            yield Step(step.start, step.stop, lambda s=step: self._load(s))
+        self._bounds = bounds
+
+    def _load(self, step: Step[Loaded]) -> Loaded:
+        if step.start in self._kept:
+            return self._kept[step.start]
+        loaded = step.load()
+        size = self.nbytes(loaded)
+        if self._used + size <= self.budget:
+            self._kept[step.start] = loaded
+            self._used += size
+        return loaded
 
 
-class _Once(Generic[Loaded]):
-    def __init__(self, load: Callable[[], Loaded]) -> None:
-        self._load = load
-        self.asked = False
-
-    def __call__(self) -> Loaded:
-        if not self.asked:
-            self.value = self._load()
-            self.asked = True
-        return self.value

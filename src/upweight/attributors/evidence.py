@@ -26,8 +26,8 @@ def influence_info(method: Influence, fitted: _Fitted) -> dict[str, Any]:
     stored: dict[str, Any] = {"where": "recomputed"}
     if isinstance(training, CachePass):
         stored = {"where": "disk", "precision": training.cache.precision, "relative_error": training.error}
-    elif isinstance(training, Kept) and training.in_memory:
-        stored = {"where": "memory"}
+    elif isinstance(training, Kept) and training.share_in_memory > 0:
+        stored = {"where": "memory", "share": training.share_in_memory}
     return {
         "method": "influence",
         "curvature": method.curvature,

@@ -143,7 +143,7 @@ class Influence:
         size = examples.preferred_batch_size or self.batch_size or batch_size_for(example_bytes, examples.n, self.memory)
         training = self._training_pass(tracker, examples, size, example_bytes, cache)
         kind, columns = self._fisher_kind(tracker, examples)
-        curvature, fitted_from = self._fit_curvature(tracker, examples, training, kind, columns, size, example_bytes)
+        curvature, fitted_from = self._fit_curvature(tracker, examples, training, kind, columns, size)
         self._fitted = _Fitted(
             tracker=tracker,
             examples=examples,
@@ -253,7 +253,7 @@ class Influence:
     ) -> Pass[Gradients]:
         if cache is None:
             model_pass = ModelPass(tracker, examples, size)
-            return Kept(model_pass, example_bytes * examples.n, self.memory / 2, lambda g: g.nbytes)
+            return Kept(model_pass, self.memory / 2, lambda g: g.nbytes)
         cache = cache if isinstance(cache, Cache) else Cache(cache)
         rows = examples.preferred_batch_size or shard_examples(examples, example_bytes)
         stored = CachePass(cache, self._manifest(tracker, examples), ModelPass(tracker, examples, rows))
@@ -274,7 +274,6 @@ class Influence:
         kind: FisherKind,
         columns: int,
         size: int,
-        example_bytes: float,
     ) -> tuple[Curvature, str]:
         key = f"curvature-{self.curvature}-{kind}-{columns}-{self.seed}"
         if isinstance(training, CachePass):
@@ -287,8 +286,7 @@ class Influence:
         else:
             model_pass = FisherPass(tracker, examples, size, kind, columns, self.seed)
             keep = self.memory / 2 if passes > 1 else 0  # a single pass is never read again
-            wanted = example_bytes * examples.n * (1 + columns) / 2
-            source = Kept(model_pass, wanted, keep, lambda columns: sum(g.nbytes for g in columns))
+            source = Kept(model_pass, keep, lambda columns: sum(g.nbytes for g in columns))
         with progress_bar(f"{self.curvature} curvature", max(1, passes) * examples.n, self.progress) as advance:
             curvature = fit_curvature(self.curvature, tracker.layers, _Walk(source, advance), examples.n, tracker.dtype)
         if isinstance(training, CachePass):
