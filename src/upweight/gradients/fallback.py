@@ -54,12 +54,13 @@ def looped(losses: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor
     batch, columns = losses.shape
     tensors: Sequence[Tensor] = list(parameters.values())
     out = {
-        name: torch.zeros(columns, batch, p.numel(), dtype=p.dtype, device=p.device) for name, p in parameters.items()
+        name: torch.zeros(columns, batch, p.numel(), dtype=p.dtype, device=p.device)
+        for name, p in parameters.items()
     }
     for b in range(batch):
         for c in range(columns):
             grads = torch.autograd.grad(losses[b, c], tensors, retain_graph=True, allow_unused=True)
             for name, grad in zip(parameters, grads, strict=True):
                 if grad is not None:
-                    out[name][c, b] = grad.reshape(-1)
+                    out[name][c, b] = grad.to_dense().reshape(-1)
     return out

@@ -23,8 +23,8 @@ from torch import Tensor
 class Layout:
     """Where the examples are in a tensor: along axis `dim`, alone or merged with other positions.
 
-    A merged axis of size ``batch * k`` is read example-major (``[batch, k]``), or position-major (``[k, batch]``), as in
-    attention code that keeps time first.
+    A merged axis of size ``batch * k`` is read example-major (``[batch, k]``), or position-major (``[k, batch]``), as
+    in attention code that keeps time first.
     """
 
     dim: int
@@ -211,10 +211,7 @@ def _transposed_convolution(spatial: int) -> Callable[[Sequence[Any], Mapping[st
 
 
 def _embedding(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
-    names = "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse"
-    ids, weight, padding_row, max_norm, _, by_frequency, _ = _bind(names, args, kwargs)
-    if max_norm is not None or by_frequency:
-        return None  # its gradient is no plain sum over the rows looked up
+    ids, weight, padding_row, *_ = _bind("input weight padding_idx", args, kwargs)
     if padding_row is not None and padding_row < 0:
         padding_row += len(weight)
     return Call(Lookup(padding_row), weight, None, ids)
@@ -238,6 +235,22 @@ def _group_norm(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
     keep = 1e-5 if eps is None else eps
     shape = (x.shape[1], *(1 for _ in x.shape[2:]))
     return Call(Affine(shape, lambda t: F.group_norm(t, groups, eps=keep)), weight, bias, x)
+
+
+def _instance_norm(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+    names = "input running_mean running_var weight bias use_input_stats momentum eps"
+    x, mean, variance, weight, bias, own, _, eps = _bind(names, args, kwargs)
+    own = own is None or own
+    if x.ndim < 3 or (own and mean is not None):
+        return None
+    keep = 1e-5 if eps is None else eps
+    shape = (x.shape[1], *(1 for _ in x.shape[2:]))
+    return Call(
+        Affine(shape, lambda t: F.instance_norm(t, mean, variance, use_input_stats=own, eps=keep)),
+        weight,
+        bias,
+        x,
+    )
 
 
 def _batch_norm(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
@@ -298,6 +311,7 @@ _PARSERS: dict[Any, Callable[[Sequence[Any], Mapping[str, Any]], Call | None]] =
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     F.group_norm: _group_norm,
+    F.instance_norm: _instance_norm,
     F.batch_norm: _batch_norm,
     torch.mul: _scale,
     Tensor.mul: _scale,

@@ -18,19 +18,21 @@ _SUPPORTED = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def select_parameters(model: nn.Module, which: ParameterFilter = None) -> dict[str, Tensor]:
-    """The trainable parameters that a filter keeps, {name: parameter}, tied ones once under their first name.
+    r"""The trainable parameters that a filter keeps, {name: parameter}, tied ones once under their first name.
 
     Raises:
         UpweightError: nothing is trainable, the filter matches nothing, or a parameter is not finite.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-        >>> list(select_parameters(model, r"^1\\."))
+        >>> list(select_parameters(model, r"^1\."))
         ['1.weight', '1.bias']
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
-        raise UpweightError("the model has no trainable parameter (requires_grad=True) -> unfreeze what was trained")
+        raise UpweightError(
+            "the model has no trainable parameter (requires_grad=True) -> unfreeze what was trained"
+        )
     if which is None:
         chosen = trainable
     elif callable(which) and not isinstance(which, re.Pattern):
@@ -50,7 +52,9 @@ def select_parameters(model: nn.Module, which: ParameterFilter = None) -> dict[s
             )
         if not bool(torch.isfinite(p).all()):
             count = int((~torch.isfinite(p)).sum())
-            raise UpweightError(f"parameter {name} holds {count} NaN or infinite values -> load a healthy checkpoint")
+            raise UpweightError(
+                f"parameter {name} holds {count} NaN or infinite values -> load a healthy checkpoint"
+            )
     return chosen
 
 
@@ -62,8 +66,8 @@ def check_model(model: nn.Module) -> None:
     drops = [n for n, m in model.named_modules() if isinstance(m, random) and m.training and m.p > 0]
     if norms:
         raise UpweightError(
-            f"BatchNorm is in train mode ({_some(norms)}): one example's gradient would depend on the rest of its batch "
-            "and is undefined -> call model.eval() first"
+            f"BatchNorm is in train mode ({_some(norms)}): one example's gradient would depend on the rest of its "
+            "batch and is undefined -> call model.eval() first"
         )
     if drops:
         raise UpweightError(

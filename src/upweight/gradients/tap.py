@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -43,7 +42,7 @@ class Use:
     Attributes:
         operation: what the call does with them.
         weight, bias: the parameters' names by role, None where untracked or absent.
-        x: the recorded input.
+        x: the recorded input, None where no tracked weight needs it.
         edge: where the output's gradient passes.
         shape: the output's shape.
     """
@@ -61,11 +60,16 @@ class Use:
         """What identifies the call site from one pass to the next."""
         return (self.weight, self.bias, type(self.operation), len(self.shape))
 
+    @property
+    def name(self) -> str:
+        """The parameter that the call is named after."""
+        return self.weight or self.bias or ""
+
     def check_unchanged(self) -> None:
         """Raise if the recorded input was overwritten in place after the call: its gradient would be wrong."""
         if self.x is not None and self.x._version != self.version:
             raise UpweightError(
-                f"the input of {self.weight or self.bias} was changed in place after the layer read it, expected it "
+                f"the input of {self.name} was changed in place after the layer read it, expected it "
                 "untouched until the backward pass -> replace the in-place operation (x += y) by x = x + y"
             )
 
@@ -85,7 +89,11 @@ class Tap(TorchFunctionMode):
         self.strangers: dict[str, str] = {}
 
     def __torch_function__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
@@ -97,6 +105,8 @@ class Tap(TorchFunctionMode):
             _refuse_batch_statistics(args, kwargs, self.parameters)
         elif func is F.scaled_dot_product_attention:
             _refuse_attention_dropout(args, kwargs)
+        elif func in (F.embedding, F.embedding_bag):
+            _refuse_table_options(args, kwargs, self.parameters)
         touched = {self.parameters[id(t)]: t for t in _flat(args, kwargs) if id(t) in self.parameters}
         if not touched:
             return func(*args, **kwargs)
@@ -114,15 +124,26 @@ class Tap(TorchFunctionMode):
         weight = self.parameters.get(id(call.weight))
         bias = self.parameters.get(id(call.bias))
         self._strangers({n: t for n, t in touched.items() if n not in (weight, bias)}, func)
-        version = call.x._version if call.x is not None else 0
-        x = call.x.detach() if call.x is not None else None  # shares memory and version counter, drops the graph
-        edge = get_gradient_edge(output)
+        needed = call.x if weight is not None else None  # a bias needs no input
+        version = needed._version if needed is not None else 0
+        x = (
+            needed.detach() if needed is not None else None
+        )  # shares memory and version counter, drops the graph
+        edge = get_gradient_edge(_unviewed(output))
         self.uses.append(Use(call.operation, weight, bias, x, edge, tuple(output.shape), version))
         return output
 
     def _strangers(self, names: Mapping[str, Tensor], function: Any) -> None:
         for name in names:
             self.strangers.setdefault(name, getattr(function, "__name__", str(function)))
+
+
+def _unviewed(output: Tensor) -> Tensor:
+    """What the output's gradient surely passes: a view that is overwritten (ReLU inplace) is bypassed."""
+    base = output._base if output._is_view() else None
+    if base is None or not base.requires_grad or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -161,10 +182,14 @@ def _refuse_dropout(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any
 def _refuse_attention_dropout(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     p = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
     if p > 0:
-        raise UpweightError(f"attention dropout is active (p={p}): gradients would be random -> call model.eval() first")
+        raise UpweightError(
+            f"attention dropout is active (p={p}): gradients would be random -> call model.eval() first"
+        )
 
 
-def _refuse_batch_statistics(args: Sequence[Any], kwargs: Mapping[str, Any], names: Mapping[int, str]) -> None:
+def _refuse_batch_statistics(
+    args: Sequence[Any], kwargs: Mapping[str, Any], names: Mapping[int, str]
+) -> None:
     training = args[5] if len(args) > 5 else kwargs.get("training", False)
     if training:
         weight = args[3] if len(args) > 3 else kwargs.get("weight")
@@ -172,4 +197,19 @@ def _refuse_batch_statistics(args: Sequence[Any], kwargs: Mapping[str, Any], nam
         raise UpweightError(
             f"{name} normalises by the statistics of the batch, so one example's gradient depends on the others and is "
             "undefined -> call model.eval() first (and keep track_running_stats on)"
+        )
+
+
+def _refuse_table_options(args: Sequence[Any], kwargs: Mapping[str, Any], names: Mapping[int, str]) -> None:
+    weight = args[1] if len(args) > 1 else kwargs.get("weight")
+    name = names.get(id(weight), "an embedding")
+    if (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None:
+        raise UpweightError(
+            f"{name} has max_norm, which rewrites the table in every forward pass, expected a model that stays as it "
+            "is -> set max_norm = None on the trained embedding"
+        )
+    if args[5] if len(args) > 5 else kwargs.get("scale_grad_by_freq", False):
+        raise UpweightError(
+            f"{name} has scale_grad_by_freq, so one example's gradient depends on the tokens of the others and is "
+            "undefined -> set scale_grad_by_freq = False on the trained embedding"
         )
