@@ -3,6 +3,17 @@
 from upweight.gradients.blocks import Dense, Eigenbasis, Factored, Sparse, Spectral
 from upweight.gradients.contraction import Router
 from upweight.gradients.gradients import Gradients
-from upweight.gradients.tracker import Coverage, Tracker
+from upweight.gradients.probe import Coverage
+from upweight.gradients.tracker import Tracker
 
-__all__ = ["Coverage", "Dense", "Eigenbasis", "Factored", "Gradients", "Router", "Sparse", "Spectral", "Tracker"]
+__all__ = [
+    "Coverage",
+    "Dense",
+    "Eigenbasis",
+    "Factored",
+    "Gradients",
+    "Router",
+    "Sparse",
+    "Spectral",
+    "Tracker",
+]

@@ -1,0 +1,106 @@
+"""The tiny batches a model is traced with: which examples, what they tell about layouts, and how much they cover."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upweight.data import Examples
+from upweight.gradients.checks import autograd, check_finite, check_per_example
+from upweight.gradients.operations import Layout
+from upweight.gradients.tap import Tap, Use
+from upweight.task import Task
+
+CANDIDATES = 16
+"""The probe is the two of the first examples with the largest losses: at a loss of zero nothing can be verified."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the trainable model is tracked.
+
+    Attributes:
+        parameters: share of the trainable parameters.
+        squared_norm: share of the squared norm of the training gradients of the probe examples.
+        layers: {layer name: how its gradient is computed}.
+    """
+
+    parameters: float
+    squared_norm: float
+    layers: dict[str, str]
+
+
+def pick_probe(
+    model: nn.Module, task: Task, examples: Examples, move: Callable[[Any], Any]
+) -> tuple[tuple[int, int], tuple[int, ...] | None]:
+    """Positions of the two probe examples, and the shape of one example's output (see `Task.output_shape`).
+
+    Args:
+        model: the model.
+        task: the task.
+        examples: training examples.
+        move: brings a batch to the model's device and precision.
+    """
+    shape: tuple[int, ...] | None = None
+    sizes: list[float] = []
+    for start in range(0, min(examples.n, CANDIDATES), 2):
+        pair = [start, min(start + 1, examples.n - 1)]
+        ids = [examples.ids[p] for p in pair]
+        batch = move(examples.take(pair))
+        with torch.no_grad(), Tap({}):  # a tap refuses dropout and batch statistics before they do anything
+            if start == 0:
+                shape = task.output_shape(model, batch)
+            task.check_targets(batch, ids, shape)
+            losses = task.train_loss(model, batch)[..., None]
+        check_per_example(losses, 2)
+        check_finite(losses, ids, batch)
+        sizes += losses[: pair[1] - start + 1, 0].abs().tolist()
+    order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
+    return (order[0], order[min(1, len(order) - 1)]), shape
+
+
+def compare_layouts(
+    larger: Sequence[Use], smaller: Sequence[Use]
+) -> tuple[dict[Any, list[Layout]], dict[str, str]]:
+    """Where the examples are in each use's output, from a batch of three and one of two; and what has no such axis."""
+    lost: dict[str, str] = {}
+    layouts: dict[Any, list[Layout]] = {}
+    if [use.key for use in larger] != [use.key for use in smaller]:
+        everyone = {name for use in (*larger, *smaller) for name in (use.weight, use.bias) if name}
+        for use in (*larger, *smaller):
+            layouts.setdefault(use.key, []).append(Layout(0))
+        return layouts, dict.fromkeys(everyone, "a forward pass that changes with the batch size")
+    for one, other in zip(larger, smaller, strict=True):
+        moved = [axis for axis, (a, b) in enumerate(zip(one.shape, other.shape, strict=True)) if a != b]
+        if len(moved) == 1 and one.shape[moved[0]] * 2 == other.shape[moved[0]] * 3:
+            layouts.setdefault(one.key, []).append(Layout(moved[0]))
+            continue
+        layouts.setdefault(one.key, []).append(Layout(0))
+        for name in (one.weight, one.bias):
+            if name:
+                lost[name] = "an operation whose output has no axis of examples"
+    return layouts, lost
+
+
+def measure_coverage(
+    model: nn.Module,
+    tracked: Mapping[str, Tensor],
+    losses: Tensor,
+    gradients: Sequence[Mapping[str, Tensor]],
+    layers: dict[str, str],
+) -> Coverage:
+    """Coverage by the tracked parameters, from the probe's losses and their gradients in the tracked parameters."""
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    inside = {id(p) for p in tracked.values()}
+    rest = {n: p for n, p in trainable.items() if id(p) not in inside}
+    ours = sum(float(g.double().square().sum()) for grads in gradients for g in grads.values())
+    others = 0.0
+    if rest:
+        for row in range(len(gradients)):
+            others += sum(float(g.double().square().sum()) for g in autograd(losses[row, 0], rest).values())
+    share = sum(p.numel() for p in tracked.values()) / sum(p.numel() for p in trainable.values())
+    return Coverage(share, ours / (ours + others) if ours + others > 0 else 1.0, layers)
