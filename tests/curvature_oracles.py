@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Columns = Callable[[Tensor, Tensor], Sequence[Tensor]]
-"""``(outputs of one example [1, ...], its target [1, ...]) -> scalars`` s_c, whose squared gradients sum to its Fisher."""
+"""``(outputs of one example [1, ...], its target [1, ...]) -> scalars`` whose squared gradients sum to its Fisher."""
 
 
 # Fisher columns ------------------------------------------------------------------------------------------------------

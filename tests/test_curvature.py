@@ -307,7 +307,7 @@ def test_eigenvalues_are_the_fishers_diagonal_in_the_eigenbasis(case: Case, fish
 
 @pytest.mark.parametrize("fisher", FISHERS)
 def test_kfac_of_a_transposed_convolution(fisher: str):
-    """Inputs are its gradient's rows and windows of output gradients the columns: B is made of inputs, A of the windows."""
+    """Its gradient has inputs as rows and windows of output gradients as columns, which make up B and A."""
     case = SWAPPED[0]
     model, train, query = case.build(), case.data(N, 1), case.data(QUERIES, 2)
     columns = columns_of(case, model, train, fisher)
