@@ -10,9 +10,9 @@ from upweight.errors import UpweightError
 
 AUTO_SHARE = 0.5
 """``memory="auto"`` is this share of the memory that is free."""
-BATCH_BYTES = 128 << 20
+BATCH_BYTES = 192 << 20
 """Working memory of one batch: larger batches gain no speed, and smaller ones stay in the processor's caches."""
-WORKING_COPIES = 4
+WORKING_COPIES = 3
 """A batch needs about this many times the bytes of its factors: activations, their gradients and windows."""
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}

@@ -31,7 +31,7 @@ from upweight.fingerprint import model_fingerprint, model_versions
 from upweight.gradients import Gradients, Tracker
 from upweight.gradients.contraction import Router
 from upweight.gradients.select import ParameterFilter
-from upweight.gradients.separable import find_terms
+from upweight.gradients.separable import find_terms, may_separate
 from upweight.passes import EmpiricalPass, FisherPass, Kept, ModelPass, Pass
 from upweight.progress import progress_bar
 from upweight.scores import Scores, SelfInfluence
@@ -152,7 +152,7 @@ class Influence:
             fisher=(kind, columns),
             batch_size=size,
             example_bytes=example_bytes,
-            sample=self._sample(tracker, examples),
+            sample=self._sample(tracker, examples, probe, size),
             fingerprints={"model": model_fingerprint(self.model), "train": examples.fingerprint()},
             versions=model_versions(self.model),
             signature=signature(examples.take([0])),
@@ -293,14 +293,18 @@ class Influence:
             training.write_curvature(key, curvature)
         return curvature, "cached gradients" if isinstance(training, CachePass) and kind == "empirical" else "model"
 
-    def _sample(self, tracker: Tracker, examples: Examples) -> Gradients | None:
-        """Gradients of evenly spread training examples, on which separable routes are tried. Small: T = 1 layers only."""
-        if self.tolerance == 0 or tracker.dtype == torch.float64 or self.curvature not in ("kfac", "ekfac"):
+    def _sample(self, tracker: Tracker, examples: Examples, probe: Gradients, size: int) -> Gradients | None:
+        """Gradients of evenly spread training examples for the layers that may have a separable route; None without any."""
+        names = [name for name, block in probe.items() if may_separate(block)]
+        if not names or not self.tolerance or tracker.dtype == torch.float64 or self.curvature not in CALIBRATED:
             return None
         positions = _spread(examples.n, 272)
-        gradients = tracker.train(examples.take(positions), [examples.ids[p] for p in positions])
-        single = {name: b for name, b in gradients.items() if getattr(b, "positions", 0) == 1}
-        return Gradients(single) if single else None
+        parts = []
+        for a in range(0, len(positions), size):
+            part = positions[a : a + size]
+            gradients = tracker.train(examples.take(part), [examples.ids[p] for p in part])
+            parts.append(Gradients({name: gradients[name] for name in names}))
+        return Gradients.concatenate(parts)
 
     # Attribute ---------------------------------------------------------------------------------------------------
 

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from upweight.gradients.blocks import Factored, Spectral
+from upweight.gradients.blocks import Block, Factored, Spectral
 
 if TYPE_CHECKING:
     from upweight.curvature.curvature import Inverse
     from upweight.gradients.gradients import Gradients
 
 PROBE_QUERIES = 16
+FEWEST_TERMS = 8
+"""Layers whose exact route costs as little as this many terms are not worth a probe."""
 SAFETY = 0.5
 """Terms are accepted at this share of the tolerance: queries differ from the training examples of the probe."""
 
@@ -65,6 +67,19 @@ def find_terms(inverse: Inverse, sample: Gradients, tolerance: float) -> dict[st
     return found
 
 
+def may_separate(block: Block) -> bool:
+    """Whether a layer has one position an example and is large enough for the separable route to gain anything."""
+    if not isinstance(block, Factored) or block.positions != 1 or block.groups != 1:
+        return False
+    rows, cols = block.left().shape[-1], block.right().shape[-1]
+    return most_terms(rows, cols) >= FEWEST_TERMS
+
+
+def most_terms(rows: int, cols: int) -> int:
+    """Beyond this many terms the exact route is as fast."""
+    return int(0.7 * rows * cols / (rows + cols))
+
+
 def separate(
     spectral_filter: Tensor,
     eigenvalues: Tensor,
@@ -85,7 +100,7 @@ def separate(
         The terms, or None where no number of them is both accurate enough and cheaper than the exact route.
     """
     rows, cols = spectral_filter.shape
-    most = int(0.7 * rows * cols / (rows + cols))  # beyond this the exact route is as fast
+    most = most_terms(rows, cols)
     if tolerance <= 0 or most < 1:
         return None
     row_weight, col_weight = _weights(eigenvalues, 1), _weights(eigenvalues, 0)
