@@ -40,7 +40,34 @@ def _upweight(
         typer.echo(context.get_help())
 
 
-@app.command()
+_DEMO = """Train on real images with some labels flipped, explain predictions, find the flips, and prove it.
+
+A small convolutional network learns from images of which 10 % carry a wrong label. Influence functions (EK-FAC) \
+then show which training images made it predict what it predicts, and which labels look wrong.
+
+Two proofs follow: how well the flipped labels are found, beside simpler scores; and what really happens to a \
+prediction when the network is trained again without the images that were said to support it. All of it is printed, \
+and shown with the images in one file that needs no server: [bold]runs/demo/index.html[/].
+
+[bold]Examples[/]
+
+  [bold cyan]upweight demo[/]
+      the 1,797 handwritten digits that come with scikit-learn; a minute or two
+
+  [bold cyan]upweight demo --root photos[/]
+      your images: photos/CLASS/*.jpg, or photos/train/CLASS/* and photos/test/CLASS/*
+
+  [bold cyan]upweight demo --data cifar10 --root ~/torchvision[/]
+      a data set that torchvision has downloaded there
+
+  [bold cyan]upweight demo --seed 7 --retrain-queries 0[/]
+      other flips, and no retraining: a few seconds
+"""
+
+
+@app.command(
+    help=_DEMO, short_help="Train on real images, explain predictions, find flipped labels, and prove it."
+)
 def demo(
     data: Annotated[
         str | None,
@@ -69,24 +96,7 @@ def demo(
     ] = None,
     debug: _Debug = False,
 ) -> None:
-    """Train on real images with some labels flipped, explain 20 predictions, find the flips, and prove it.
-
-    A small convolutional network learns from images of which 10 % carry a wrong label. EK-FAC influence then shows
-    which training images made it predict what it predicts, and which labels look wrong. Two proofs follow: how well
-    the flipped labels are found, compared with simpler scores, and what really happens to a prediction when the network
-    is trained again without the images said to support it. Everything is in one file, [bold]runs/demo/index.html[/].
-
-    [bold]Examples[/]
-
-      upweight demo                                        1,797 handwritten digits that come with scikit-learn
-
-      upweight demo --root photos                          your images: photos/CLASS/*.jpg, or photos/train/CLASS/*.jpg
-                                                           and photos/test/CLASS/*.jpg
-
-      upweight demo --data cifar10 --root ~/torchvision    a torchvision data set that was downloaded there
-
-      upweight demo --data mnist --n 1000 --seed 7         fewer images, other flips; UPWEIGHT_DATA names the folder
-    """
+    """Train on real images with some labels flipped, explain predictions, find the flips, and prove it."""
     from upweight.demo.results import Settings
     from upweight.demo.run import run_demo
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import upweight as uw
 from upweight.demo import tables
-from upweight.demo.data import ImageSet, flip_labels
-from upweight.demo.network import one_thread, predictions, train_network
+from upweight.demo.data import flip_labels
+from upweight.demo.network import Recipe, one_thread, predictions, train_network
 from upweight.demo.page import render
 from upweight.demo.proof import RemovalPair, chance, detection, removal_proof
 from upweight.demo.results import DemoRun, Settings
@@ -47,7 +47,8 @@ def run_demo(settings: Settings, console: Console) -> DemoRun:
         given, flipped = flip_labels(images.train.labels, classes, settings.flip_share, settings.seed)
         train = (images.train.inputs, given)
     with clock("train the network"), one_thread():
-        model = train_network(*train, classes, settings.seed)
+        recipe = Recipe()
+        model = train_network(*train, classes, settings.seed, recipe=recipe)
     _, train_losses = predictions(model, *train)
     predicted, losses = predictions(model, images.test.inputs, images.test.labels)
     right = predicted == images.test.labels
@@ -57,9 +58,12 @@ def run_demo(settings: Settings, console: Console) -> DemoRun:
 
     task = uw.Classification()
     with clock("fit EK-FAC"):
-        method = uw.Influence(model, task, seed=settings.seed).fit(train)
+        # Weight decay curves the objective but is no part of any example's loss, so it enters as damping.
+        method = uw.Influence(model, task, damping=recipe.weight_decay, seed=settings.seed).fit(
+            train, ids=images.train.ids
+        )
     with clock("score the queries"):
-        scores = method.attribute(queries)
+        scores = method.attribute(queries, ids=[images.test.ids[position] for position in asked.tolist()])
     with clock("self-influence"):
         suspects = method.self_influence()
     with clock("gradient norm"):
@@ -72,7 +76,7 @@ def run_demo(settings: Settings, console: Console) -> DemoRun:
         chance(flipped),
     ]
     with clock("retrain for the proof"):
-        removals = _prove(settings, images, given, scores, queries, console)
+        removals = _prove(settings, train, classes, scores, queries, recipe, console)
     run = DemoRun(
         settings=settings,
         images=images,
@@ -125,10 +129,11 @@ def choose_queries(losses: Tensor, right: Tensor, count: int, seed: int) -> Tens
 
 def _prove(
     settings: Settings,
-    images: ImageSet,
-    given: Tensor,
+    train: tuple[Tensor, Tensor],
+    classes: int,
     scores: uw.Scores,
     queries: tuple[Tensor, Tensor],
+    recipe: Recipe,
     console: Console,
 ) -> list[RemovalPair]:
     """Retrain without a fifth of an average class, for queries spread evenly over the explained ones."""
@@ -136,19 +141,19 @@ def _prove(
     if asked < 1 or seeds < 1:
         return []
     rows = np.linspace(0, len(queries[1]) - 1, asked).round().astype(int).tolist()
-    classes = len(images.classes)
-    removed = max(1, round(len(given) / classes / 5))
+    removed = max(1, round(len(train[1]) / classes / 5))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"retrain without {removed} images", total=seeds * (1 + 2 * asked))
         return removal_proof(
             scores,
             queries,
-            (images.train.inputs, given),
+            train,
             classes,
             rows,
             removed,
             range(settings.seed, settings.seed + seeds),
+            recipe,
             advance=lambda: progress.advance(bar),
         )
 

@@ -105,6 +105,10 @@ def _from_torchvision(name: str, root: Path, n: int) -> ImageSet:
             f"no image folders in {root}, and reading {name} in its original files needs torchvision "
             "-> pip install 'upweight[vision]', or arrange the images as train/CLASS/*.png and test/CLASS/*.png"
         ) from None
+    except Exception as error:  # a build for another version of torch fails in many ways
+        raise UpweightError(
+            f"the installed torchvision does not fit the installed torch ({error}) -> install the two together"
+        ) from error
     try:
         halves = [
             getattr(datasets, KNOWN[name])(root, train=train, download=False) for train in (True, False)

@@ -67,21 +67,21 @@ def removal_sentence(run: DemoRun) -> str:
 def _queries(run: DemoRun, shown: int) -> Table:
     table = _table(
         "Which training images made it predict this?",
-        "Beside each label: predicted change of the test image's loss, in nats, if that one training image is "
-        "removed and the network trained again. [magenta]*[/] marks a label that was flipped on purpose.",
+        "Labels of training images, each with the predicted change of the test image's loss, in nats, if that one is "
+        "removed and the network trained again: + rises, - falls. [magenta]*[/] marks a label flipped on purpose.",
     )
     table.add_column("test image", justify="right")
-    table.add_column("is")
-    table.add_column("predicted")
+    table.add_column("is → says")
     table.add_column("loss", justify="right")
-    table.add_column("proponents: removal raises it", style="cyan")
-    table.add_column("opponents: removal lowers it", style="yellow")
+    table.add_column("proponents (+)", style="cyan")
+    table.add_column("opponents (-)", style="yellow")
     for row, position in enumerate(run.queries.tolist()):
         label, guess = int(run.images.test.labels[position]), int(run.predicted[row])
         table.add_row(
             escape(str(run.images.test.ids[position])),
-            _name(run, label),
-            f"[bold red]{_name(run, guess)}[/]" if guess != label else _name(run, guess),
+            f"{_name(run, label)} → [bold red]{_name(run, guess)}[/]"
+            if guess != label
+            else _name(run, label),
             f"{float(run.query_losses[row]):.2f}",
             _ranked(run, row, run.scores.top_k(shown)),
             _ranked(run, row, run.scores.bottom_k(shown)),
