@@ -1,9 +1,11 @@
-"""Is the planner's route the fastest one? Every route of typical layers timed, the chosen one beside the best and the worst.
+"""Is the planner's route the fastest one? Every route of typical layers timed, the chosen one beside the best and
+the worst.
 
     python benchmarks/contraction_routes.py
 
-One row a layer shape and number of queries: seconds of every exact route that applies, which one the cost model chose, and
-how much slower than the best it is. The cost model's rates are measured on this machine in a few milliseconds.
+One row a layer shape and number of queries: seconds of every exact route that applies, which one the cost model
+chose, and how much slower than the best it is. The cost model's rates are measured on this machine in a few
+milliseconds.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ MATRICES = [
     ("mlp 512x129, T=16", 16, 512, 129, 64, 128),
     ("wide 2048x2049, T=4", 4, 2048, 2049, 8, 16),
 ]
-TABLES = [("embedding 256x128, T=128", 128, 256, 128, 16, 64), ("embedding 8192x64, T=32", 32, 8192, 64, 16, 64)]
+TABLES = [
+    ("embedding 256x128, T=128", 128, 256, 128, 16, 64),
+    ("embedding 8192x64, T=32", 32, 8192, 64, 16, 64),
+]
 
 
 def main() -> int:
@@ -42,7 +47,18 @@ def main() -> int:
         f"{torch.get_num_threads()} threads; measured {rates.gemm / 1e9:.0f} GFLOP/s large products, "
         f"{rates.batched / 1e9:.0f} batched, {rates.bandwidth / 1e9:.0f} GB/s elementwise"
     )
-    table = Table("layer", "query", "n", "ghost ms", "dense ms", "stream ms", "sparse ms", "chosen", "chosen / best", "worst / best")
+    table = Table(
+        "layer",
+        "query",
+        "n",
+        "ghost ms",
+        "dense ms",
+        "stream ms",
+        "sparse ms",
+        "chosen",
+        "chosen / best",
+        "worst / best",
+    )
     failures = 0
     for name, positions, rows, columns, queries, n in MATRICES:
         train = factored(n, positions, rows, columns)
@@ -53,7 +69,11 @@ def main() -> int:
             failures += report(table, name, f"{queries} {kind}", query, train)
     for name, positions, rows, width, queries, n in TABLES:
         failures += report(
-            table, name, f"{queries} sparse", sparse(queries, positions, rows, width), sparse(n, positions, rows, width)
+            table,
+            name,
+            f"{queries} sparse",
+            sparse(queries, positions, rows, width),
+            sparse(n, positions, rows, width),
         )
     console.print(table)
     return 1 if failures else 0
@@ -63,7 +83,9 @@ def report(table: Table, name: str, label: str, query: Block, train: Block) -> i
     """Add one row; 1 if the choice is the worst route by accident."""
     options = Router().options(name, query, train)
     chosen = Router().route(name, query, train)
-    times = {route: best_of(lambda r=route: Router(force=r).contract(name, query, train)) for route in options}
+    times = {
+        route: best_of(lambda r=route: Router(force=r).contract(name, query, train)) for route in options
+    }
     best, worst = min(times.values()), max(times.values())
     cells = [f"{1e3 * times[r]:.2f}" if r in times else "" for r in ("ghost", "dense", "stream", "sparse")]
     table.add_row(
@@ -89,7 +111,9 @@ def factored(batch: int, positions: int, rows: int, columns: int) -> Factored:
 
 def sparse(batch: int, positions: int, rows: int, width: int) -> Sparse:
     """Random look-ups."""
-    return Sparse(torch.randint(rows, (batch, positions)), torch.randn(batch, positions, width), (rows, width))
+    return Sparse(
+        torch.randint(rows, (batch, positions)), torch.randn(batch, positions, width), (rows, width)
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from upweight.curvature import Curvature
 from upweight.data import Examples
 from upweight.errors import UpweightError
-from upweight.gradients import Dense, Factored, Gradients, Sparse, Tracker
+from upweight.gradients import Dense, Factored, Gradients, Sparse
 from upweight.gradients.blocks import Block, Piece
 from upweight.gradients.operations import Patches
 from upweight.passes import ModelPass, Step
@@ -37,8 +37,8 @@ class Cache:
 
     Attributes:
         folder: a folder of its own; made if it does not exist, resumed if a run was killed.
-        precision: ``"float32"`` (the model's own precision: nothing is lost), ``"bf16"`` (half the bytes), or ``"int8"``
-            (a quarter).
+        precision: ``"float32"`` (the model's own precision: nothing is lost), ``"bf16"`` (half the bytes), or
+            ``"int8"`` (a quarter).
 
     Example:
         >>> Cache("runs/cache", precision="int8").precision
@@ -100,7 +100,9 @@ class CachePass:
 
     def _load(self, start: int) -> Gradients:
         store = self._open()
-        return decode(store.read(_key(start)), store.meta(_key(start)), self.dtype, self.source.tracker.device)
+        return decode(
+            store.read(_key(start)), store.meta(_key(start)), self.dtype, self.source.tracker.device
+        )
 
     def _open(self) -> ShardStore:
         if self._reader is None:
@@ -162,7 +164,12 @@ def encode(gradients: Gradients, precision: Precision) -> tuple[dict[str, Tensor
             ]
             layers[layer] = {"kind": "factored", "pieces": pieces, "groups": block.groups, "ones": block.ones}
         elif isinstance(block, Sparse):
-            layers[layer] = {"kind": "sparse", "ids": put(block.ids), "rows": put(block.rows), "table": block.table}
+            layers[layer] = {
+                "kind": "sparse",
+                "ids": put(block.ids),
+                "rows": put(block.rows),
+                "table": block.table,
+            }
         else:
             layers[layer] = {"kind": "dense", "values": put(block.dense())}
     return tensors, {"layers": layers}
@@ -239,7 +246,12 @@ def _measured_error(exact: Gradients, stored: Gradients) -> float:
 def _geometry(patches: Patches | None) -> list[Any] | None:
     if patches is None:
         return None
-    return [list(patches.kernel), list(patches.stride), [list(p) for p in patches.padding], list(patches.dilation)]
+    return [
+        list(patches.kernel),
+        list(patches.stride),
+        [list(p) for p in patches.padding],
+        list(patches.dilation),
+    ]
 
 
 def _patches(geometry: list[Any] | None) -> Patches | None:

@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 from torch.utils.data import default_collate as torch_collate
 
 from upweight.errors import UpweightError
@@ -105,7 +112,9 @@ class _Tensors:
         self.tree = map_tensors(tree, lambda t: t)
         lengths = {_length(t) for t in tensors_in(self.tree)}
         if len(lengths) != 1:
-            raise UpweightError(f"tensors have first axes of {sorted(lengths)}, expected one length -> align them")
+            raise UpweightError(
+                f"tensors have first axes of {sorted(lengths)}, expected one length -> align them"
+            )
         self.n = lengths.pop()
 
     def batches(self, batch_size: int) -> Iterator[Rows]:
@@ -134,7 +143,9 @@ class _Items:
         self.n = len(dataset)
 
     def batches(self, batch_size: int) -> Iterator[Rows]:
-        loader = DataLoader(self.dataset, batch_size, shuffle=False, collate_fn=self.collate, num_workers=self.workers)
+        loader = DataLoader(
+            self.dataset, batch_size, shuffle=False, collate_fn=self.collate, num_workers=self.workers
+        )
         for k, batch in enumerate(loader):
             yield Rows(k * batch_size, min((k + 1) * batch_size, self.n), as_tensors(batch))
 
@@ -204,7 +215,9 @@ def _open(data: Any) -> _Tensors | _Items | _Stream:
         return _open_loader(data)
     if isinstance(data, TensorDataset):
         return _Tensors(tuple(data.tensors))
-    if isinstance(data, (Tensor, np.ndarray)) or (isinstance(data, (tuple, list, Mapping)) and _only_tensors(data)):
+    if isinstance(data, (Tensor, np.ndarray)) or (
+        isinstance(data, (tuple, list, Mapping)) and _only_tensors(data)
+    ):
         return _Tensors(as_tensors(data))
     if isinstance(data, IterableDataset):
         raise UpweightError(
@@ -231,7 +244,9 @@ def _open_loader(loader: DataLoader) -> _Tensors | _Items | _Stream:
     if loader.batch_sampler is not None and type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
         return _Stream(loader)
     if isinstance(loader.dataset, IterableDataset) or not (in_order or whole_shuffle):
-        return _Stream(loader)  # a sampler that picks its own subset: its order must hold still, which is checked
+        return _Stream(
+            loader
+        )  # a sampler that picks its own subset: its order must hold still, which is checked
     if isinstance(loader.dataset, TensorDataset) and loader.collate_fn is torch_collate:
         return _Tensors(tuple(loader.dataset.tensors))
     # A plain shuffle only permutes: row i of a result belongs to dataset[i], as a user would look it up.
@@ -245,7 +260,9 @@ def as_tensors(tree: Any) -> Any:
     if isinstance(tree, (np.ndarray, np.generic)):
         array = np.asarray(tree)
         if array.dtype == object:
-            raise UpweightError("an array holds Python objects, expected numbers -> convert it to a numeric dtype")
+            raise UpweightError(
+                "an array holds Python objects, expected numbers -> convert it to a numeric dtype"
+            )
         return torch.from_numpy(np.ascontiguousarray(array))
     if isinstance(tree, Mapping):
         return {key: as_tensors(value) for key, value in tree.items()}
@@ -287,19 +304,27 @@ def signature(batch: Any) -> list[str]:
 def _only_tensors(tree: Any) -> bool:
     leaves = tree.values() if isinstance(tree, Mapping) else tree
     # A plain list of tensors is a list of examples or batches, not a structure: only tuples and dicts are one.
-    return not isinstance(tree, list) and len(tree) > 0 and all(isinstance(v, (Tensor, np.ndarray)) for v in leaves)
+    return (
+        not isinstance(tree, list)
+        and len(tree) > 0
+        and all(isinstance(v, (Tensor, np.ndarray)) for v in leaves)
+    )
 
 
 def _length(tensor: Tensor) -> int:
     if tensor.ndim == 0:
-        raise UpweightError("a tensor of the data has no axes, expected the examples along the first -> add an axis")
+        raise UpweightError(
+            "a tensor of the data has no axes, expected the examples along the first -> add an axis"
+        )
     return len(tensor)
 
 
 def _batch_length(batch: Any) -> int:
     sizes = {_length(t) for t in tensors_in(batch)}
     if len(sizes) != 1:
-        raise UpweightError(f"a batch holds tensors with first axes of {sorted(sizes)}, expected one -> align them")
+        raise UpweightError(
+            f"a batch holds tensors with first axes of {sorted(sizes)}, expected one -> align them"
+        )
     return sizes.pop()
 
 
@@ -316,4 +341,4 @@ def _hash_tree(digest: Any, tree: Any) -> None:
     for tensor in tensors_in(tree):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

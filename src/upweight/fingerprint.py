@@ -16,7 +16,7 @@ def model_fingerprint(model: nn.Module) -> str:
             continue
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,8 +1,8 @@
 """Passes over the training data: by running the model, from memory, or from a cache on disk.
 
-A pass is an iterable, the same each time, of `Step`: which examples, and how to load their gradients if they are needed.
-Running the model is the cost of influence functions, so a pass is kept in memory while it fits the budget, and on disk if
-the user gives a cache.
+A pass is an iterable, the same each time, of `Step`: which examples, and how to load their gradients if they are
+needed. Running the model is the cost of influence functions, so a pass is kept in memory while it fits the budget,
+and on disk if the user gives a cache.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def _without_padding(gradients: Gradients, tracker: Tracker, batch: Any) -> Grad
     mask = tracker.task.mask(tracker.move(batch))
     if mask.ndim != 2 or len(mask) != gradients.batch:
         raise UpweightError(
-            f"the task's mask has shape {tuple(mask.shape)}, expected [batch, position] with batch {gradients.batch} -> "
-            "return 1 for real positions and 0 for padding"
+            f"the task's mask has shape {tuple(mask.shape)}, expected [batch, position] with batch {gradients.batch} "
+            "-> return 1 for real positions and 0 for padding"
         )
     mask = mask.bool()
     blocks = {name: b.masked(mask) if isinstance(b, Factored) else b for name, b in gradients.items()}
@@ -142,5 +142,3 @@ class Kept(Generic[Loaded]):
             self._kept[step.start] = loaded
             self._used += size
         return loaded
-
-

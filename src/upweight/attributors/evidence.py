@@ -1,4 +1,4 @@
-"""What a score carries to be judged by: method, curvature, damping, coverage, routes, precision, versions, fingerprints."""
+"""What a score carries to be judged by: method, curvature, damping, coverage, routes, versions, fingerprints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from upweight.gradients.separable import exact_scores
 from upweight.passes import Kept
 
 if TYPE_CHECKING:
-    from upweight.attributors.influence import Influence, _Fitted
+    from upweight.attributors.fitted import Fitted
+    from upweight.attributors.influence import Influence
 
 
-def influence_info(method: Influence, fitted: _Fitted) -> dict[str, Any]:
+def influence_info(method: Influence, fitted: Fitted) -> dict[str, Any]:
     """The evidence of one result, JSON-able."""
     kind, columns = fitted.fisher
     coverage = fitted.tracker.coverage
@@ -34,7 +35,9 @@ def influence_info(method: Influence, fitted: _Fitted) -> dict[str, Any]:
         "fisher": kind if method.curvature != "identity" else None,
         "fisher_columns": columns,
         "represented": fitted.curvature.info.get("represented", {}),
-        "damping": f"{method.damping.value:g} x mean eigenvalue" if method.damping.relative else method.damping.value,
+        "damping": f"{method.damping.value:g} x mean eigenvalue"
+        if method.damping.relative
+        else method.damping.value,
         "layer_damping": fitted.curvature.damping(method.damping),
         "higher_is_better": method.task.higher_is_better,
         "convention": "positive = proponent: removing the training example is predicted to make the query worse",

@@ -19,13 +19,15 @@ WHOLE = ""
 
 
 class ScoreTiles:
-    """Scores [query, train] (and their parts by layer), filled panel of queries by panel, step of training examples by step.
+    """Scores [query, train], and their parts by layer, filled one tile at a time.
+
+    Tiles go panel of queries by panel, and within a panel step of training examples by step.
 
     Args:
         folder: where finished tiles go, or None for memory only.
         manifest: what the scores belong to.
-        grid: ``panel`` queries by ``step`` training examples a tile. A folder that was begun with another panel keeps it,
-            so that a run resumes on a machine with other memory.
+        grid: ``panel`` queries by ``step`` training examples a tile. A folder that was begun with another panel
+            keeps it, so that a run resumes on a machine with other memory.
         queries: number of queries.
         n: number of training examples.
         layers: names of the layers to keep parts of, or None.
@@ -49,7 +51,9 @@ class ScoreTiles:
         self._dtype = dtype
         if folder is not None:
             self.panel = _begun_panel(Path(folder)) or self.panel
-            self._store = ShardStore.open(folder, {**manifest, "grid": {"panel": self.panel, "step": self.step}})
+            self._store = ShardStore.open(
+                folder, {**manifest, "grid": {"panel": self.panel, "step": self.step}}
+            )
         else:
             self._values = {name: torch.empty(queries, n, dtype=dtype) for name in self._names()}
 
@@ -83,11 +87,15 @@ class ScoreTiles:
     def result(self) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The whole matrix and its parts by layer."""
         if self._store is not None:
-            self._values = {name: torch.empty(self.queries, self.n, dtype=self._dtype) for name in self._names()}
+            self._values = {
+                name: torch.empty(self.queries, self.n, dtype=self._dtype) for name in self._names()
+            }
             for key in sorted(self._store.keys_done):
                 query, train = (int(part[1:]) for part in key.split("-"))
                 tile = self._store.read(key)
-                self._place(query, train, {"" if name == "total" else name: part for name, part in tile.items()})
+                self._place(
+                    query, train, {"" if name == "total" else name: part for name, part in tile.items()}
+                )
         layers = {name: self._values[name] for name in self.layers} if self.layers is not None else None
         return self._values[WHOLE], layers
 

@@ -1,4 +1,4 @@
-"""A fitted curvature, layer by layer, and its damped inverse as an operator: ``curvature.inverse(damping) @ gradients``."""
+"""A fitted curvature, layer by layer, and its damped inverse: ``curvature.inverse(damping) @ gradients``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from upweight.curvature.damping import Damping
@@ -53,7 +52,9 @@ class Curvature:
         return out
 
     @staticmethod
-    def from_state(kind: str, names: list[str], state: Mapping[str, Tensor], info: dict[str, Any]) -> Curvature:
+    def from_state(
+        kind: str, names: list[str], state: Mapping[str, Tensor], info: dict[str, Any]
+    ) -> Curvature:
         """The curvature that `state` came from."""
         layers: dict[str, LayerCurvature] = {}
         for name in names:
@@ -80,7 +81,9 @@ class Inverse:
         """Preconditioned gradients."""
         self._check(gradients)
         layers = self.curvature.layers
-        blocks = {name: layers[name].precondition(block, self.damping[name]) for name, block in gradients.items()}
+        blocks = {
+            name: layers[name].precondition(block, self.damping[name]) for name, block in gradients.items()
+        }
         return Gradients(blocks, gradients.router)
 
     def quadratic(self, gradients: Gradients) -> dict[str, Tensor]:
@@ -91,6 +94,6 @@ class Inverse:
 
     def _check(self, gradients: Gradients) -> None:
         if set(gradients) != set(self.curvature.layers):
-            raise UpweightError("the gradients and the curvature have different layers -> fit on the same model")
-
-
+            raise UpweightError(
+                "the gradients and the curvature have different layers -> fit on the same model"
+            )

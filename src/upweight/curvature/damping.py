@@ -1,8 +1,9 @@
 """Damping: what is added to every eigenvalue of the curvature before it is inverted.
 
 Small damping trusts the curvature in directions that the training data hardly determines, where a score can blow up;
-large damping tends to plain gradient inner products. ``"auto"`` is a tenth of each layer's mean eigenvalue, the rule that
-most EK-FAC work uses; a number is the same absolute damping for all layers, which makes the result one ``(H + damping I)^-1``.
+large damping tends to plain gradient inner products. ``"auto"`` is a tenth of each layer's mean eigenvalue, the rule
+that most EK-FAC work uses; a number is the same absolute damping for all layers, which makes the result one ``(H +
+damping I)^-1``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Damping:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.value, (int, float)) and math.isfinite(self.value) and self.value >= 0):
-            raise UpweightError(f"damping={self.value!r}, expected a finite number >= 0 -> try 'auto' or 1e-3")
+            raise UpweightError(
+                f"damping={self.value!r}, expected a finite number >= 0 -> try 'auto' or 1e-3"
+            )
 
     @staticmethod
     def of(damping: DampingLike) -> Damping:
@@ -54,7 +57,9 @@ class Damping:
             rest = Damping.of(damping.get("*", "auto"))
             named = tuple((name, Damping.of(d)) for name, d in damping.items() if name != "*")
             return Damping(rest.value, rest.relative, named)
-        raise UpweightError(f"damping={damping!r}, expected 'auto', a number or {{layer: number}} -> try 'auto'")
+        raise UpweightError(
+            f"damping={damping!r}, expected 'auto', a number or {{layer: number}} -> try 'auto'"
+        )
 
     def resolve(self, layer: str, mean: float) -> float:
         """The damping of one layer with this mean eigenvalue."""
@@ -70,7 +75,9 @@ class Damping:
         """Raise if an exception names a layer that does not exist."""
         unknown = [name for name, _ in self.layers if name not in known]
         if unknown:
-            raise UpweightError(f"damping names the layers {unknown}, known are {known[:6]} -> use names from info")
+            raise UpweightError(
+                f"damping names the layers {unknown}, known are {known[:6]} -> use names from info"
+            )
 
 
 DampingLike: TypeAlias = "float | str | Mapping[str, float | str] | Damping"

@@ -24,9 +24,15 @@ def eigh(matrix: Tensor, what: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     symmetric = (matrix + matrix.mT) / 2
     if not bool(torch.isfinite(symmetric).all()):
         bad = int((~torch.isfinite(symmetric)).sum())
-        raise UpweightError(f"{what} has {bad} values that are not finite -> look for exploding gradients in this layer")
+        raise UpweightError(
+            f"{what} has {bad} values that are not finite -> look for exploding gradients in this layer"
+        )
     width = symmetric.shape[-1]
-    scale = symmetric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)[..., None, None]
+    scale = (
+        symmetric.diagonal(dim1=-2, dim2=-1)
+        .mean(-1)
+        .clamp_min(torch.finfo(torch.float32).tiny)[..., None, None]
+    )
     scaled = symmetric / scale  # unit mean eigenvalue: nothing under- or overflows in float32
     jitter = 1e-8 * torch.eye(width, dtype=scaled.dtype, device=scaled.device)
     attempts = [scaled.to(dtype), scaled.double(), scaled.double() + jitter.double()]

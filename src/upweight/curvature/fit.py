@@ -1,8 +1,8 @@
 """Fit a curvature to the Fisher of a model over its training data.
 
 The data comes as a *Fisher source*: an iterable over batches that yields, for each, one `Gradients` per column s_c (see
-`Task.pseudo_losses`); the columns of one batch share their inputs. Sums over examples are accumulated in float64, so that
-results do not depend on how the data was cut into batches.
+`Task.pseudo_losses`); the columns of one batch share their inputs. Sums over examples are accumulated in float64, so
+that results do not depend on how the data was cut into batches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from upweight.gradients.gradients import Gradients
 from upweight.gradients.layers import Layer, MatrixLayer, TableLayer
 
 LARGEST_FULL_BLOCK = 1024
-"""Vector layers (norms, biases) up to this many parameters get their exact block of the Fisher; larger ones a diagonal."""
+"""Vector layers (norms, biases) of up to this many parameters get an exact block; larger ones a diagonal."""
 
 KINDS = ("identity", "diagonal", "kfac", "ekfac")
 
@@ -63,7 +63,9 @@ def fit_curvature(
     if kind not in KINDS:
         raise UpweightError(f"curvature={kind!r} is unknown -> use one of {list(KINDS)}")
     if kind == "identity":
-        return Curvature(kind, {name: Identity() for name in layers}, {"represented": dict.fromkeys(layers, "identity")})
+        return Curvature(
+            kind, {name: Identity() for name in layers}, {"represented": dict.fromkeys(layers, "identity")}
+        )
     sums = {name: _accumulator(kind, layer) for name, layer in layers.items()}
     for start, columns in source:
         for name in layers:
@@ -129,8 +131,8 @@ class _Sum:
 class _Factors:
     """K-FAC's factors: ``A = mean over positions of a a^T`` and ``B = (1/n) sum over examples and positions of d d^T``.
 
-    Where output gradients are along the gradient's columns (transposed convolutions, tied weights), A is made of them and B
-    of inputs; A is then a mean over the Fisher's columns, too, so that the product keeps its size.
+    Where output gradients are along the gradient's columns (transposed convolutions, tied weights), A is made of
+    them and B of inputs; A is then a mean over the Fisher's columns, too, so that the product keeps its size.
     """
 
     def __init__(self) -> None:
@@ -168,7 +170,9 @@ class _Factors:
     def finish(self, n: int, where: str, dtype: torch.dtype) -> LayerCurvature:
         rows, cols = self.rows.value(), self.cols.value()
         if rows is None or cols is None:
-            raise UpweightError(f"{where} got no gradient from any training example -> leave it out with parameters=")
+            raise UpweightError(
+                f"{where} got no gradient from any training example -> leave it out with parameters="
+            )
         if self.ones and (edge := self.edge.value()) is not None:
             count = torch.full_like(edge[:, :1], self.positions)
             last = torch.cat([edge, count], 1)[:, None]  # [group, 1, C + 1]
@@ -219,7 +223,7 @@ class _Outer:
 def _correct_eigenvalues(
     fitted: Mapping[str, LayerCurvature], source: FisherSource, n: int, dtype: torch.dtype
 ) -> dict[str, LayerCurvature]:
-    """EK-FAC: ``Lambda = (1/n) sum of (Q_B^T G Q_A)^2``, the Fisher's diagonal in K-FAC's eigenbasis (arXiv 1806.03884)."""
+    """EK-FAC: ``Lambda = (1/n) sum of (Q_B^T G Q_A)^2``, the Fisher's diagonal in K-FAC's eigenbasis."""
     kronecker = {name: layer for name, layer in fitted.items() if isinstance(layer, Kronecker)}
     moments = {name: _Sum() for name in kronecker}
     for _, columns in source:
@@ -268,4 +272,6 @@ def _swapped(block: Any) -> bool:
 def _check_finite(sums: Tensor, where: str) -> None:
     """Raise if any of these sums is not finite: they are NaN or infinite whenever one of their terms is."""
     if not bool(torch.isfinite(sums).all()):
-        raise UpweightError(f"{where}: the curvature is not finite -> look for exploding gradients or bad examples there")
+        raise UpweightError(
+            f"{where}: the curvature is not finite -> look for exploding gradients or bad examples there"
+        )

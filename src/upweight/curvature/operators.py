@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from upweight.errors import UpweightError
-from upweight.gradients.blocks import Block, Dense, Eigenbasis, Factored, Sparse, Spectral, flatten_groups, matmul_last
+from upweight.gradients.blocks import (
+    Block,
+    Dense,
+    Eigenbasis,
+    Factored,
+    Sparse,
+    Spectral,
+    flatten_groups,
+    matmul_last,
+)
 from upweight.gradients.contraction import tiles
 
 
@@ -110,7 +119,9 @@ class Kronecker:
             return Spectral(*self.basis.rotate(block), self.basis, inverse)
         groups, rows, cols = self.values.shape
         parts = []
-        for part in tiles(block):  # several positions: the gradient itself is smaller than its factors' rotation
+        for part in tiles(
+            block
+        ):  # several positions: the gradient itself is smaller than its factors' rotation
             gradients = block[part].dense().reshape(-1, groups, rows, cols).transpose(0, 1)
             rotated = self.basis.rotate_dense(gradients).mul_(inverse[:, None])
             parts.append(flatten_groups(self.basis.back(rotated)))
@@ -125,7 +136,9 @@ class Kronecker:
                 left, right = (f[:, :, 0].square() for f in self.basis.rotate(tile))  # [group, batch, .]
                 out.append(((left @ inverse) * right).sum((0, 2)))
             else:
-                out.append(rotated_gradients(self.basis, tile).square_().mul_(inverse[:, None]).sum((0, 2, 3)))
+                out.append(
+                    rotated_gradients(self.basis, tile).square_().mul_(inverse[:, None]).sum((0, 2, 3))
+                )
         return torch.cat(out)
 
 

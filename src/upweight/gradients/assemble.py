@@ -111,7 +111,11 @@ def _layer_name(parameter: str) -> str:
 
 
 def block_of(
-    layer: Layer, uses: Iterable[tuple[Use, Tensor, Layout]], batch: int, parameter: Tensor, dtype: torch.dtype
+    layer: Layer,
+    uses: Iterable[tuple[Use, Tensor, Layout]],
+    batch: int,
+    parameter: Tensor,
+    dtype: torch.dtype,
 ) -> Block:
     """The block of one layer from its uses, each with its output gradient and layout.
 
@@ -123,7 +127,9 @@ def block_of(
         dtype: dtype of the factors.
     """
     if isinstance(layer, MatrixLayer):
-        pieces = [_piece(layer, use, delta, layout, batch, dtype) for use, delta, layout in uses if use.weight]
+        pieces = [
+            _piece(layer, use, delta, layout, batch, dtype) for use, delta, layout in uses if use.weight
+        ]
         if not pieces:  # the query does not reach this layer
             return Dense(torch.zeros(batch, layer.numel, dtype=dtype, device=parameter.device))
         return Factored(tuple(pieces), layer.shape[0], layer.bias is not None)
@@ -135,7 +141,8 @@ def block_of(
             rows.append(gradient)
         if not ids:
             empty = torch.zeros(batch, 1, dtype=torch.long, device=parameter.device)
-            return Sparse(empty, torch.zeros(batch, 1, layer.table[1], dtype=dtype, device=parameter.device), layer.table)
+            nothing = torch.zeros(batch, 1, layer.table[1], dtype=dtype, device=parameter.device)
+            return Sparse(empty, nothing, layer.table)
         return Sparse(torch.cat(ids, 1), torch.cat(rows, 1), layer.table)
     total = torch.zeros(batch, layer.numel, dtype=dtype, device=parameter.device)
     for use, delta, layout in uses:
@@ -146,7 +153,9 @@ def block_of(
     return Dense(total)
 
 
-def _piece(layer: MatrixLayer, use: Use, delta: Tensor, layout: Layout, batch: int, dtype: torch.dtype) -> Piece:
+def _piece(
+    layer: MatrixLayer, use: Use, delta: Tensor, layout: Layout, batch: int, dtype: torch.dtype
+) -> Piece:
     assert use.x is not None
     operation = use.operation
     if isinstance(operation, Lookup):
@@ -176,7 +185,9 @@ def _lookup(use: Use, delta: Tensor, layout: Layout, batch: int, dtype: torch.dt
     return ids, rows
 
 
-def _affine(use: Use, delta: Tensor, layout: Layout, batch: int, shape: tuple[int, ...], scale: bool) -> Tensor:
+def _affine(
+    use: Use, delta: Tensor, layout: Layout, batch: int, shape: tuple[int, ...], scale: bool
+) -> Tensor:
     """``sum over positions of delta o x`` (scale) or of delta (shift), [batch, numel]."""
     operation = use.operation
     product = delta

@@ -5,7 +5,8 @@
 * `Sparse`: an embedding's gradient as the rows that were looked up;
 * `Spectral`: a preconditioned query in the eigenbasis of a Kronecker-factored curvature.
 
-Every block flattens to the same [batch, parameters] matrix through `dense`, which is what every route is tested against.
+Every block flattens to the same [batch, parameters] matrix through `dense`, which is what every route is tested
+against.
 """
 
 from __future__ import annotations
@@ -105,11 +106,13 @@ class Factored:
         """[batch, position], 0 where a position is padding; None if all are real."""
         if all(piece.real is None for piece in self.pieces):
             return None
-        parts = [p.rows.new_ones(p.rows.shape[:2]) if p.real is None else p.real.to(p.rows) for p in self.pieces]
+        parts = [
+            p.rows.new_ones(p.rows.shape[:2]) if p.real is None else p.real.to(p.rows) for p in self.pieces
+        ]
         return torch.cat(parts, 1)
 
     def masked(self, mask: Tensor) -> Factored:
-        """The same gradients, knowing which positions are padding: mask [batch, position] of bools, for uses of that many."""
+        """The same gradients, knowing which positions are padding: mask [batch, position], for uses of that many."""
         pieces = tuple(
             replace(p, real=mask) if p.patches is None and p.rows.shape[1] == mask.shape[1] else p
             for p in self.pieces
@@ -178,7 +181,7 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """Orthonormal bases of a Kronecker-factored curvature: rows [group, R, R], cols [group, C, C] (columns are vectors)."""
+    """Orthonormal bases of a Kronecker-factored curvature (columns): rows [group, R, R], cols [group, C, C]."""
 
     rows: Tensor
     cols: Tensor
@@ -256,7 +259,7 @@ def flatten_groups(gradients: Tensor) -> Tensor:
 
 
 def matmul_last(factors: Tensor, basis: Tensor) -> Tensor:
-    """factors [group, batch, position, width] times basis [group, width, k]: one matrix product a group."""
+    """Factors [group, batch, position, width] times basis [group, width, k]: one matrix product a group."""
     groups, batch, positions, width = factors.shape
     return (factors.reshape(groups, batch * positions, width) @ basis).reshape(groups, batch, positions, -1)
 
@@ -281,7 +284,9 @@ def concatenate(blocks: Sequence[Block]) -> Block:
     same = len({tuple(p.cols.shape[1:] for p in b.pieces) for b in parts}) == 1
     if same and len({tuple(p.rows.shape[1:] for p in b.pieces) for b in parts}) == 1:
         pieces = tuple(
-            replace(ps[0], rows=torch.cat([p.rows for p in ps]), cols=torch.cat([p.cols for p in ps]), real=None)
+            replace(
+                ps[0], rows=torch.cat([p.rows for p in ps]), cols=torch.cat([p.cols for p in ps]), real=None
+            )
             for ps in zip(*(b.pieces for b in parts), strict=True)
         )
         return Factored(pieces, first.groups, first.ones)

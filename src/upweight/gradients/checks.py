@@ -41,8 +41,8 @@ def check_alone(alone: Tensor, among: Tensor, example: Any, what: str = "loss") 
     if abs(one - other) > relative * max(abs(one), abs(other)) + absolute:
         raise UpweightError(
             f"the {what} of example {example} is {one:.6g} in one batch and {other:.6g} in another: it is averaged "
-            "over the batch, the examples see each other (padding that is not masked?), or the forward pass is random -> "
-            "return reduction='none' losses that depend on their own example only, from a model in eval mode"
+            "over the batch, the examples see each other (padding that is not masked?), or the forward pass is random "
+            "-> return reduction='none' losses that depend on their own example only, from a model in eval mode"
         )
 
 

@@ -1,6 +1,7 @@
 """Inner products of two sets of per-example gradients, layer by layer, by the cheapest route.
 
-For a preconditioned query P_q and a training gradient ``G_i = sum_t left_t right_t^T`` (rows R, columns C, T positions):
+For a preconditioned query P_q and a training gradient ``G_i = sum_t left_t right_t^T`` (rows R, columns C, T
+positions):
 
 =============  =======================================  ==============================================================
 route          FLOPs per pair                           takes
@@ -13,8 +14,9 @@ sparse         ``2 Tq Tt D``                            two embedding gradients:
 =============  =======================================  ==============================================================
 
 All but *separable* are exact. The separable route is taken only where its error, measured on a probe against the exact
-route, is below the tolerance; the choice depends on layer shapes and the fit alone, never on how many queries or examples
-happen to be in a tile, so that scores do not depend on tiling. Costs are estimated with rates measured on this machine.
+route, is below the tolerance; the choice depends on layer shapes and the fit alone, never on how many queries or
+examples happen to be in a tile, so that scores do not depend on tiling. Costs are estimated with rates measured on
+this machine.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def measured_rates(device: str, dtype: torch.dtype) -> Rates:
     return Rates(gemm, batched, bandwidth)
 
 
-def _seconds(work, device: str) -> float:  # noqa: ANN001 - a thunk
+def _seconds(work, device: str) -> float:
     best = float("inf")
     for _ in range(4):
         if device.startswith("cuda"):

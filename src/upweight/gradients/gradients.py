@@ -39,7 +39,9 @@ class Gradients(Mapping[str, Block]):
         self.router = router
         lengths = {len(block) for block in self.blocks.values()}
         if len(lengths) != 1:
-            raise UpweightError(f"layers hold {sorted(lengths)} examples, expected one number -> this is a bug: report it")
+            raise UpweightError(
+                f"layers hold {sorted(lengths)} examples, expected one number -> report this bug"
+            )
         self.batch = lengths.pop()
 
     def __getitem__(self, key: str) -> Block:
@@ -77,8 +79,10 @@ class Gradients(Mapping[str, Block]):
 
         router = self.router or Router()
         if set(self.blocks) != set(other.gradients.blocks):
-            raise UpweightError("the two gradients hold different layers, expected the same -> use one tracker for both")
-        return {name: router.contract(name, block, other.gradients[name]) for name, block in self.blocks.items()}
+            raise UpweightError("the two gradients hold different layers -> capture both with one tracker")
+        return {
+            name: router.contract(name, block, other.gradients[name]) for name, block in self.blocks.items()
+        }
 
     def dense(self) -> Tensor:
         """[batch, parameters], layers side by side. Holds everything at once: for small models and tests."""

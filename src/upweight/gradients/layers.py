@@ -88,8 +88,8 @@ class TableLayer:
 class VectorLayer:
     """A parameter whose gradient is kept as one vector an example.
 
-    ``how`` says where it comes from: ``"affine"`` (norms, biases, scales and shifts, from the forward pass's tensors) or
-    ``"exact fallback: reason"`` (torch.func or a loop over the examples).
+    ``how`` says where it comes from: ``"affine"`` (norms, biases, scales and shifts, from the forward pass's
+    tensors) or ``"exact fallback: reason"`` (torch.func or a loop over the examples).
     """
 
     name: str

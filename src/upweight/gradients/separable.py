@@ -1,9 +1,9 @@
 """A spectral filter as a short sum of products of row and column weights, its length chosen by measured error.
 
-EK-FAC scores need ``sum_{rc} filter[r, c] (left_q left_i)[r] (right_q right_i)[c]`` for every pair. If ``filter ~= sum_k
-u_k w_k^T``, a pair costs ``2 k (R + C)`` instead of ``2 R C`` operations. The singular value decomposition is taken of
-the filter *weighted* by how much gradient mass each row and column carries, then unweighted; how many terms are enough is
-decided by the error of the scores on a probe of real gradients, never by a fixed number.
+EK-FAC scores need ``sum_{rc} filter[r, c] (left_q left_i)[r] (right_q right_i)[c]`` for every pair. If ``filter ~=
+sum_k u_k w_k^T``, a pair costs ``2 k (R + C)`` instead of ``2 R C`` operations. The singular value decomposition is
+taken of the filter *weighted* by how much gradient mass each row and column carries, then unweighted; how many terms
+are enough is decided by the error of the scores on a probe of real gradients, never by a fixed number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SAFETY = 0.5
 
 @dataclass(frozen=True)
 class Terms:
-    """``filter ~= rows @ cols.T``: rows [R, k], cols [C, k], and the relative error of probe scores it was accepted at."""
+    """``filter ~= rows @ cols.T``: rows [R, k], cols [C, k], accepted at this relative error of the probe's scores."""
 
     rows: Tensor
     cols: Tensor
@@ -122,7 +122,9 @@ def separate(
     return None
 
 
-def exact_scores(spectral_filter: Tensor, query: tuple[Tensor, Tensor], train: tuple[Tensor, Tensor]) -> Tensor:
+def exact_scores(
+    spectral_filter: Tensor, query: tuple[Tensor, Tensor], train: tuple[Tensor, Tensor]
+) -> Tensor:
     """Scores [q, n] without any approximation, for a few queries: ``left_i^T [filter o left_q right_q^T] right_i``."""
     (left_q, right_q), (left_t, right_t) = query, train
     filtered = spectral_filter * left_q[:, :, None] * right_q[:, None, :]  # [q, R, C]

@@ -3,8 +3,8 @@
 `Tracker` runs a few tiny probe batches first. Comparing two of them tells where the examples are in every tensor;
 comparing the result with plain autograd, one example at a time, tells which parameters the fast path gets right.
 Whatever it does not get right goes to the exact fallback, with the reason on record. An example's loss that depends on
-the rest of its batch, or on chance, is refused. After that, a batch costs one forward and one backward pass without weight
-gradients.
+the rest of its batch, or on chance, is refused. After that, a batch costs one forward and one backward pass without
+weight gradients.
 """
 
 from __future__ import annotations

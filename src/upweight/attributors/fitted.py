@@ -1,0 +1,213 @@
+"""What `Influence.fit` does and what it learns."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upweight.budget import batch_size_for
+from upweight.cache import Cache, CachePass, shard_examples
+from upweight.curvature import Curvature, fit_curvature
+from upweight.data import Examples, signature
+from upweight.fingerprint import model_fingerprint, model_versions
+from upweight.gradients import Gradients, Tracker
+from upweight.gradients.separable import may_separate
+from upweight.passes import EmpiricalPass, FisherPass, Kept, ModelPass, Pass
+from upweight.progress import progress_bar
+from upweight.task import FisherKind, resolve_fisher
+
+if TYPE_CHECKING:
+    from upweight.attributors.influence import Influence
+
+CALIBRATED = ("kfac", "ekfac")
+"""Curvatures whose scores are in the measurement's unit; the others only rank."""
+PROBE_EXAMPLES = 272
+"""Training examples on which separable routes are tried: 16 as queries, the rest as training examples."""
+
+
+@dataclass
+class Fitted:
+    """What `fit` learned.
+
+    Attributes:
+        tracker: captures gradients of this model.
+        examples: the training data.
+        training: passes over its gradients.
+        curvature: with raw eigenvalues.
+        fisher: its kind, and columns per example.
+        batch_size: examples per forward pass.
+        example_bytes: bytes of one example's factors.
+        sample: gradients of a few examples of the layers that may have a separable route, or None.
+        fingerprints: of the model and of the training data.
+        versions: cheap signs of a changed model.
+        signature: form of one training example.
+        notes: further evidence.
+    """
+
+    tracker: Tracker
+    examples: Examples
+    training: Pass[Gradients]
+    curvature: Curvature
+    fisher: tuple[FisherKind, int]
+    batch_size: int
+    example_bytes: float
+    sample: Gradients | None
+    fingerprints: dict[str, str]
+    versions: tuple[tuple[int, int], ...]
+    signature: list[str]
+    notes: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of factors and scores."""
+        return self.tracker.dtype
+
+    @property
+    def step(self) -> int:
+        """Training examples per tile of the scores."""
+        return self.training.source.batch_size if isinstance(self.training, CachePass) else self.batch_size
+
+
+def fit_influence(
+    method: Influence,
+    train: Any,
+    cache: Cache | str | os.PathLike[str] | None,
+    ids: Sequence[int | str] | None,
+) -> Fitted:
+    """Trace the model, write the cache if there is one, and fit the curvature."""
+    started = time.perf_counter()
+    examples = Examples(train, ids)
+    tracker = Tracker(method.model, method.task, examples, method.parameters, method.autocast)
+    probe = tracker.train(examples.take([0]), examples.ids[:1])
+    example_bytes = float(max(1, probe.nbytes))
+    chosen = batch_size_for(example_bytes, examples.n, method.memory)
+    size = examples.preferred_batch_size or method.batch_size or chosen
+    training = _training_pass(method, tracker, examples, size, example_bytes, cache)
+    with torch.no_grad():
+        batch = tracker.move(examples.take(spread(examples.n, 2)))
+        kind, columns = resolve_fisher(method.task, method.model, batch, method.fisher, method.draws)
+    curvature, fitted_from = _fit_curvature(method, tracker, examples, training, kind, columns, size)
+    return Fitted(
+        tracker=tracker,
+        examples=examples,
+        training=training,
+        curvature=curvature,
+        fisher=(kind, columns),
+        batch_size=size,
+        example_bytes=example_bytes,
+        sample=_sample(method, tracker, examples, probe, size),
+        fingerprints={"model": model_fingerprint(method.model), "train": examples.fingerprint()},
+        versions=model_versions(method.model),
+        signature=signature(examples.take([0])),
+        notes={"curvature_from": fitted_from, "fit_seconds": round(time.perf_counter() - started, 3)},
+    )
+
+
+def run_manifest(method: Influence, tracker: Tracker, examples: Examples) -> dict[str, Any]:
+    """What training gradients on disk belong to: this model, this loss, these layers, this data."""
+    return {
+        "holds": "training gradients",
+        "model": model_fingerprint(method.model),
+        "train": examples.fingerprint(),
+        "n": examples.n,
+        "task": method.task.name,
+        "layers": {name: [layer.how, layer.numel] for name, layer in tracker.layers.items()},
+        "dtype": str(tracker.dtype),
+        "autocast": str(method.autocast),
+    }
+
+
+def _training_pass(
+    method: Influence,
+    tracker: Tracker,
+    examples: Examples,
+    size: int,
+    example_bytes: float,
+    cache: Cache | str | os.PathLike[str] | None,
+) -> Pass[Gradients]:
+    if cache is None:
+        model_pass = ModelPass(tracker, examples, size)
+        return Kept(model_pass, method.memory / 2, lambda g: g.nbytes)
+    cache = cache if isinstance(cache, Cache) else Cache(cache)
+    rows = examples.preferred_batch_size or shard_examples(examples, example_bytes)
+    stored = CachePass(cache, run_manifest(method, tracker, examples), ModelPass(tracker, examples, rows))
+    with progress_bar("training gradients", examples.n, method.progress) as advance:
+        stored.write(advance)
+    return stored
+
+
+def _fit_curvature(
+    method: Influence,
+    tracker: Tracker,
+    examples: Examples,
+    training: Pass[Gradients],
+    kind: FisherKind,
+    columns: int,
+    size: int,
+) -> tuple[Curvature, str]:
+    key = f"curvature-{method.curvature}-{kind}-{columns}-{method.seed}"
+    if isinstance(training, CachePass):
+        known = training.read_curvature(key, list(tracker.layers))
+        if known is not None:
+            return known, "cache"
+    passes = {"identity": 0, "ekfac": 2}.get(method.curvature, 1)
+    if kind == "empirical":
+        source: Any = EmpiricalPass(training)
+    else:
+        model_pass = FisherPass(tracker, examples, size, kind, columns, method.seed)
+        keep = method.memory / 2 if passes > 1 else 0  # a single pass is never read again
+        source = Kept(model_pass, keep, lambda columns: sum(g.nbytes for g in columns))
+    with progress_bar(
+        f"{method.curvature} curvature", max(1, passes) * examples.n, method.progress
+    ) as advance:
+        curvature = fit_curvature(
+            method.curvature, tracker.layers, _Walk(source, advance), examples.n, tracker.dtype
+        )
+    if isinstance(training, CachePass):
+        training.write_curvature(key, curvature)
+    return curvature, "cached gradients" if isinstance(
+        training, CachePass
+    ) and kind == "empirical" else "model"
+
+
+def _sample(
+    method: Influence, tracker: Tracker, examples: Examples, probe: Gradients, size: int
+) -> Gradients | None:
+    """Gradients of evenly spread training examples for the layers that may have a separable route; None without any."""
+    names = [name for name, block in probe.items() if may_separate(block)]
+    if (
+        not names
+        or not method.tolerance
+        or tracker.dtype == torch.float64
+        or method.curvature not in CALIBRATED
+    ):
+        return None
+    positions = spread(examples.n, PROBE_EXAMPLES)
+    parts = []
+    for a in range(0, len(positions), size):
+        part = positions[a : a + size]
+        gradients = tracker.train(examples.take(part), [examples.ids[p] for p in part])
+        parts.append(Gradients({name: gradients[name] for name in names}))
+    return Gradients.concatenate(parts)
+
+
+class _Walk:
+    """A Fisher source that reports its progress."""
+
+    def __init__(self, source: Any, advance: Callable[[int], None]) -> None:
+        self.source, self.advance = source, advance
+
+    def __iter__(self) -> Iterator[tuple[int, Sequence[Gradients]]]:
+        for step in self.source:
+            yield step.start, step.load()
+            self.advance(step.stop - step.start)
+
+
+def spread(n: int, count: int) -> list[int]:
+    """Up to `count` positions, evenly spread over n examples."""
+    return sorted({round(k * (n - 1) / max(1, count - 1)) for k in range(count)})
