@@ -100,7 +100,7 @@ class Tracker:
             return sign * self.task.measure(model, b)[..., None], None
 
         if "measurement" not in self._verified:
-            self._check_alone(self.move(batch), ids, scalars)
+            self._check_alone(batch, ids, scalars)
         return self._capture(batch, ids, scalars, "measurement")[0]
 
     def fisher(
@@ -122,6 +122,8 @@ class Tracker:
         cast = self._model_dtype in (torch.float32, torch.float64)
 
         def one(tensor: Tensor) -> Tensor:
+            if tensor.is_inference():
+                tensor = tensor.clone()  # autograd may not save tensors that were made in inference mode
             if cast and tensor.is_floating_point():
                 return tensor.to(self.device, self._model_dtype)
             return tensor.to(self.device)
@@ -132,11 +134,9 @@ class Tracker:
 
     @contextmanager
     def _quietly(self, seed: int | None = None) -> Iterator[None]:
-        """Gradients on, the global random states as they were afterwards, autocast if asked for."""
+        """The global random states as they were afterwards, autocast if asked for."""
         devices = [self.device] if self.device.type == "cuda" else []
         with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
             preserved(devices),
             torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
         ):
@@ -151,6 +151,8 @@ class Tracker:
             losses, drawn = scalars(self.model, batch, None)
         return losses, drawn, tap
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def _capture(
         self, batch: Any, ids: Sequence[Any], scalars: Scalars, what: str = "loss", reproducible: bool = True
     ) -> list[Gradients]:
@@ -242,6 +244,8 @@ class Tracker:
 
     # Trace -------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def _trace(self, examples: Examples) -> None:
         with self._quietly():
             (first, second), self.output_shape = pick_probe(self.model, self.task, examples, self.move)
@@ -294,8 +298,11 @@ class Tracker:
                 rows = layout.batch_first(delta, len(losses))
                 check_uncoupled(rows[0], rows[1:], example, use.name)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def _check_alone(self, batch: Any, ids: Sequence[Any], scalars: Scalars) -> None:
         """The measurement of one example must not depend on the others."""
+        batch = self.move(batch)
         together = self._watch(batch, scalars)[0].detach()
         check_per_example(together, len(ids))
         check_finite(together, ids, batch)
