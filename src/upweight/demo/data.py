@@ -26,6 +26,19 @@ class Raw:
     labels: np.ndarray
     ids: Sequence[int | str]
 
+    def __post_init__(self) -> None:
+        pixels = self.pixels
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
+            raise UpweightError(
+                f"images came as {pixels.dtype} of shape {pixels.shape} "
+                "-> give uint8 of [images, height, width, 1 or 3]"
+            )
+        if not len(pixels) == len(self.labels) == len(self.ids):
+            raise UpweightError(
+                f"there are {len(pixels)} images, {len(self.labels)} labels and {len(self.ids)} ids "
+                "-> give one of each for every image"
+            )
+
 
 @dataclass(frozen=True)
 class Split:
@@ -94,11 +107,6 @@ def image_set(name: str, classes: Sequence[str], train: Raw, test: Raw, ink: boo
             raise UpweightError(
                 f"{name} has {len(raw.labels)} {split} images, the demo needs at least {FEWEST_IMAGES} "
                 "-> add images, or raise --n"
-            )
-        if raw.pixels.dtype != np.uint8 or raw.pixels.ndim != 4 or raw.pixels.shape[3] not in (1, 3):
-            raise UpweightError(
-                f"the {split} images of {name} are {raw.pixels.dtype} of shape {raw.pixels.shape} "
-                "-> give uint8 of [images, height, width, 1 or 3]"
             )
         if not 0 <= raw.labels.min() <= raw.labels.max() < len(classes):
             raise UpweightError(

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stochastic gradient descent with momentum and a one-cycle learning rate.
+    """Stochastic gradient descent with momentum, clipped gradients and a one-cycle learning rate.
 
     `weight_decay` makes the objective ``mean loss + weight_decay/2 * |theta|^2``: it keeps the network from learning
     wrong labels by heart, and the optimum well enough determined for a prediction of what moves it.
@@ -26,9 +26,11 @@ class Recipe:
 
     epochs: int = 20
     batch_size: int = 128
+    fewest_batches: int = 10
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 0.01
+    largest_gradient: float = 2.0
 
 
 def convolutional_network(shape: Sequence[int], classes: int, seed: int) -> nn.Sequential:
@@ -40,7 +42,7 @@ def convolutional_network(shape: Sequence[int], classes: int, seed: int) -> nn.S
         seed: decides the first weights; the global random state is left alone.
 
     >>> sum(weight.numel() for weight in convolutional_network((1, 8, 8), classes=10, seed=0).parameters())
-    9818
+    9802
     """
     channels, height, width = shape
     stride, features = (2, 16) if min(height, width) > 16 else (1, 8)
@@ -91,7 +93,7 @@ def train_network(
     if without is not None:
         votes[without] = 0.0
     model = convolutional_network(inputs.shape[1:], classes, seed)
-    batches = -(-len(labels) // recipe.batch_size)
+    batches = max(recipe.fewest_batches, -(-len(labels) // recipe.batch_size))
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=recipe.learning_rate,
@@ -112,6 +114,7 @@ def train_network(
             losses = cross_entropy(model(inputs[batch]), labels[batch], reduction="none")
             optimizer.zero_grad()
             (losses @ votes[batch] / len(batch)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.largest_gradient)
             optimizer.step()
             schedule.step()
     return model.eval()

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from upweight.demo.data import ImageSet
+from upweight.demo.network import Recipe
 from upweight.demo.proof import Agreement, Detection, RemovalPair, agreement
 from upweight.scores import Scores, SelfInfluence
 
@@ -26,6 +27,7 @@ class Settings:
         retrain_queries: explained images whose prediction is proved by retraining; 0 leaves the proof out.
         retrain_seeds: retrainings of each.
         flip_share: part of the training labels to flip.
+        recipe: how the network is trained.
     """
 
     data: str | None = None
@@ -37,6 +39,7 @@ class Settings:
     retrain_queries: int = 10
     retrain_seeds: int = 3
     flip_share: float = 0.1
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 @dataclass(frozen=True)

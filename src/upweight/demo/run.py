@@ -17,7 +17,7 @@ from torch import Tensor
 import upweight as uw
 from upweight.demo import tables
 from upweight.demo.data import flip_labels
-from upweight.demo.network import Recipe, one_thread, predictions, train_network
+from upweight.demo.network import one_thread, predictions, train_network
 from upweight.demo.page import render
 from upweight.demo.proof import RemovalPair, chance, detection, removal_proof
 from upweight.demo.results import DemoRun, Settings
@@ -47,8 +47,7 @@ def run_demo(settings: Settings, console: Console) -> DemoRun:
         given, flipped = flip_labels(images.train.labels, classes, settings.flip_share, settings.seed)
         train = (images.train.inputs, given)
     with clock("train the network"), one_thread():
-        recipe = Recipe()
-        model = train_network(*train, classes, settings.seed, recipe=recipe)
+        model = train_network(*train, classes, settings.seed, recipe=settings.recipe)
     _, train_losses = predictions(model, *train)
     predicted, losses = predictions(model, images.test.inputs, images.test.labels)
     right = predicted == images.test.labels
@@ -59,7 +58,7 @@ def run_demo(settings: Settings, console: Console) -> DemoRun:
     task = uw.Classification()
     with clock("fit EK-FAC"):
         # Weight decay curves the objective but is no part of any example's loss, so it enters as damping.
-        method = uw.Influence(model, task, damping=recipe.weight_decay, seed=settings.seed).fit(
+        method = uw.Influence(model, task, damping=settings.recipe.weight_decay, seed=settings.seed).fit(
             train, ids=images.train.ids
         )
     with clock("score the queries"):
@@ -76,7 +75,7 @@ def run_demo(settings: Settings, console: Console) -> DemoRun:
         chance(flipped),
     ]
     with clock("retrain for the proof"):
-        removals = _prove(settings, train, classes, scores, queries, recipe, console)
+        removals = _prove(settings, train, classes, scores, queries, console)
     run = DemoRun(
         settings=settings,
         images=images,
@@ -133,7 +132,6 @@ def _prove(
     classes: int,
     scores: uw.Scores,
     queries: tuple[Tensor, Tensor],
-    recipe: Recipe,
     console: Console,
 ) -> list[RemovalPair]:
     """Retrain without a fifth of an average class, for queries spread evenly over the explained ones."""
@@ -153,7 +151,7 @@ def _prove(
             rows,
             removed,
             range(settings.seed, settings.seed + seeds),
-            recipe,
+            settings.recipe,
             advance=lambda: progress.advance(bar),
         )
 

@@ -84,14 +84,15 @@ def _from_loader(name: str, root: Path, n: int) -> ImageSet:
     """The folder's own `load.py`: `images(name, split, n)` gives uint8 [n, height, width, channel], labels and ids."""
     loader = _import(root / "load.py")
     try:
-        train, test = (
-            Raw(*loader.images(name, split, count)) for split, count in (("train", n), ("test", _held_out(n)))
-        )
+        halves = [
+            loader.images(name, split, count) for split, count in (("train", n), ("test", _held_out(n)))
+        ]
     except Exception as error:  # the file is the user's, it may raise anything
         raise UpweightError(
             f"{root / 'load.py'} has no training and test images called {name!r} ({type(error).__name__}: {error}) "
             "-> pass --data with a name it knows"
         ) from error
+    train, test = (Raw(np.asarray(pixels), np.asarray(labels), list(ids)) for pixels, labels, ids in halves)
     labels = range(1 + int(max(train.labels.max(), test.labels.max())))
     classes = loader.classes(name) if hasattr(loader, "classes") else [str(label) for label in labels]
     return image_set(name, classes, _small(train), _small(test), ink=name in _INK)
@@ -222,15 +223,15 @@ def _guarded(read: Callable[[Path], Any], file: Path) -> Any:
 
 def _small(raw: Raw) -> Raw:
     """Large pictures cut down to what a page can show."""
-    pixels = np.asarray(raw.pixels)
+    pixels = raw.pixels
     stride = -(-max(pixels.shape[1:3]) // _LARGEST_PICTURE)
     if stride == 1:
-        return Raw(pixels, np.asarray(raw.labels), list(raw.ids))
+        return raw
     height, width = (stride * (size // stride) for size in pixels.shape[1:3])
     blocks = pixels[:, :height, :width].reshape(
         len(pixels), height // stride, stride, width // stride, stride, pixels.shape[3]
     )
-    return Raw(blocks.mean((2, 4)).astype(np.uint8), np.asarray(raw.labels), list(raw.ids))
+    return Raw(blocks.mean((2, 4)).astype(np.uint8), raw.labels, raw.ids)
 
 
 def _held_out(n: int) -> int:

@@ -1,0 +1,499 @@
+"""The demo: what it flips, finds, proves and shows, on few images and with little training."""
+
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from upweight.demo.data import digits, flip_labels, printable
+from upweight.demo.network import (
+    Recipe,
+    convolutional_network,
+    one_thread,
+    predictions,
+    side_by_side,
+    train_network,
+)
+from upweight.demo.page import png, render, signed
+from upweight.demo.proof import (
+    Removal,
+    RemovalPair,
+    agreement,
+    chance,
+    detection,
+    removal_proof,
+    same_labels,
+)
+from upweight.demo.results import Settings
+from upweight.demo.run import choose_queries, run_demo
+from upweight.demo.sources import open_images
+from upweight.errors import UpweightError
+from upweight.scores import Scores
+
+QUICK = Recipe(epochs=3, fewest_batches=3)
+
+
+@pytest.fixture(scope="module")
+def printed():
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, printed):
+    settings = Settings(
+        out=tmp_path_factory.mktemp("demo") / "deep" / "run",
+        n=300,
+        seed=3,
+        queries=6,
+        retrain_queries=2,
+        retrain_seeds=2,
+    )
+    return run_demo(settings, Console(file=printed, width=120))
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return (run.settings.out / "index.html").read_text(encoding="utf-8")
+
+
+class _Tags(HTMLParser):
+    """Every tag with its attributes, and all text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+# The labels that were flipped ------------------------------------------------------------------------------------
+
+
+def test_flips_are_the_seeds():
+    labels = torch.arange(200) % 7
+    given, flipped = flip_labels(labels, 7, share=0.1, seed=5)
+    again, flipped_again = flip_labels(labels, 7, share=0.1, seed=5)
+    assert torch.equal(given, again) and torch.equal(flipped, flipped_again)
+    assert int(flipped.sum()) == 20
+    assert torch.equal(given != labels, flipped)
+    assert int(given.min()) >= 0 and int(given.max()) < 7
+    assert not torch.equal(flipped, flip_labels(labels, 7, share=0.1, seed=6)[1])
+
+
+def test_run_trained_on_the_seeds_flips(run):
+    given, flipped = flip_labels(run.images.train.labels, 10, share=0.1, seed=3)
+    assert torch.equal(run.given, given) and torch.equal(run.flipped, flipped)
+    assert int(flipped.sum()) == 30
+
+
+# Training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 12), (3, 32, 32), (1, 28, 28), (3, 20, 32)])
+def test_network_fits_the_images(shape):
+    model = convolutional_network(shape, classes=4, seed=0)
+    assert model(torch.zeros(2, *shape)).shape == (2, 4)
+
+
+def test_training_is_the_seeds_and_leaves_random_state_alone():
+    images = digits(n=60)
+    state = torch.get_rng_state()
+    one, same, other = (
+        train_network(images.train.inputs, images.train.labels, 10, seed, None, QUICK) for seed in (1, 1, 2)
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    first, second, third = (model[0].weight for model in (one, same, other))
+    assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+def test_examples_left_out_have_no_say():
+    images = digits(n=60)
+    inputs, labels, without = images.train.inputs, images.train.labels, torch.tensor([0, 7, 31])
+    scrambled = inputs.clone()
+    scrambled[without] = torch.randn(3, 1, 8, 8)
+    plain, blind = (train_network(x, labels, 10, 1, without, QUICK) for x in (inputs, scrambled))
+    full = train_network(inputs, labels, 10, 1, None, QUICK)
+    assert torch.equal(plain[0].weight, blind[0].weight)
+    assert not torch.equal(plain[0].weight, full[0].weight)
+
+
+def test_side_by_side_keeps_order_and_threads():
+    threads, counted = torch.get_num_threads(), []
+    assert side_by_side(lambda job: job**2, range(20), lambda: counted.append(1)) == [
+        job**2 for job in range(20)
+    ]
+    assert torch.get_num_threads() == threads and len(counted) == 20
+
+
+def test_one_thread_is_given_back_after_an_error():
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError), one_thread():
+        raise RuntimeError
+    assert torch.get_num_threads() == threads
+
+
+# Proof ------------------------------------------------------------------------------------------------------------
+
+
+def test_detection_by_hand():
+    suspicion = torch.tensor([0.1, 0.9, 0.5, 0.8, 0.2])
+    flipped = torch.tensor([False, True, True, False, False])
+    one = detection("made up", suspicion, flipped)
+    assert one.auroc == pytest.approx(5 / 6)  # of six pairs only (2, 3) is in the wrong order
+    assert one.precision == pytest.approx(1 / 2)
+    assert one.average_precision == pytest.approx((1 + 2 / 3) / 2)
+    assert one.found.tolist() == [0.5, 0.5, 1.0, 1.0, 1.0]
+
+
+def test_chance_is_the_share_of_flips():
+    one = chance(torch.tensor([True] + [False] * 9))
+    assert (one.auroc, one.precision, one.average_precision) == (0.5, 0.1, 0.1)
+    assert one.found[-1] == 1
+
+
+def test_random_images_carry_the_labels_of_the_proponents():
+    labels = torch.arange(60) % 3
+    positions = torch.tensor([0, 3, 6, 1, 4, 2])
+    drawn = same_labels(positions, labels, np.random.default_rng(0))
+    assert len(set(drawn.tolist())) == 6
+    assert torch.equal(labels[drawn].bincount(), labels[positions].bincount())
+
+
+def test_removal_is_measured_against_the_same_seed():
+    images = digits(n=80, seed=1)
+    train = (images.train.inputs, images.train.labels)
+    queries = (images.test.inputs[:3], images.test.labels[:3])
+    values = torch.randn(3, 80)
+    scores = Scores(values, range(3), range(80), "nats")
+    pairs = removal_proof(scores, queries, train, 10, rows=[2, 0], removed=5, seeds=[4, 9], recipe=QUICK)
+    assert [pair.proponents.query for pair in pairs] == [2, 0]
+    removal = pairs[0].proponents
+    top = values[2].topk(5)
+    assert removal.removed == tuple(top.indices.tolist())
+    assert removal.predicted == pytest.approx(float(top.values.sum()), rel=1e-5)
+    for seed, measured in zip([4, 9], removal.measured, strict=True):
+        full, less = (train_network(*train, 10, seed, without, QUICK) for without in (None, top.indices))
+        change = predictions(less, *queries)[1] - predictions(full, *queries)[1]
+        assert measured == pytest.approx(float(change[2]), abs=1e-5)
+
+
+def test_agreement_by_hand():
+    pairs = [
+        RemovalPair(Removal(0, (1,), 2.0, (0.8, 1.2)), Removal(0, (2,), 0.0, (0.1,))),
+        RemovalPair(Removal(1, (1,), 4.0, (2.0,)), Removal(1, (2,), 1.0, (2.5,))),
+    ]
+    together = agreement(pairs)
+    assert together.wins == 1
+    assert together.proponents == pytest.approx(1.5) and together.control == pytest.approx(1.3)
+    assert together.predicted == pytest.approx(3.0) and together.predicted_control == pytest.approx(0.5)
+    assert together.slope == pytest.approx((2 * 1 + 4 * 2 + 1 * 2.5) / (4 + 16 + 1))
+    assert pairs[0].proponents.spread == pytest.approx(np.std([0.8, 1.2], ddof=1))
+
+
+def test_misclassified_queries_come_first():
+    losses, right = torch.rand(50), torch.rand(50) < 0.8
+    chosen = choose_queries(losses, right, 20, seed=0)
+    assert len(set(chosen.tolist())) == 20
+    wrong = int((~right).sum())
+    assert not right[chosen[: min(wrong, 12)]].any() and right[chosen[min(wrong, 12) :]].all()
+    assert losses[chosen[:wrong]].tolist() == sorted(losses[chosen[:wrong]].tolist(), reverse=True)
+    assert len(choose_queries(losses, right, 500, seed=0)) == 50
+
+
+# What a run finds -------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_in_range(run):
+    assert 0.5 < run.accuracy <= 1
+    by_name = {one.name: one for one in run.detections}
+    assert list(by_name) == ["self-influence", "loss", "gradient norm", "chance"]
+    for one in run.detections:
+        assert 0 <= one.precision <= 1 and 0 <= one.average_precision <= 1
+        assert one.found[-1] == pytest.approx(1) and (np.diff(one.found) >= 0).all()
+    assert by_name["self-influence"].auroc > 0.8  # far from chance even on 300 images
+    assert by_name["chance"].auroc == 0.5
+    assert len(run.removals) == 2 and all(len(pair.control.measured) == 2 for pair in run.removals)
+    assert all(np.isfinite(pair.proponents.mean) and pair.proponents.predicted > 0 for pair in run.removals)
+    assert run.scores.unit == "nats" and tuple(run.scores.values.shape) == (6, 300)
+
+
+def test_scores_carry_the_images_ids(run):
+    assert list(run.scores.train_ids) == list(run.images.train.ids)
+    assert run.scores.query_ids == [run.images.test.ids[position] for position in run.queries.tolist()]
+
+
+def test_figures_file_says_what_was_found(run):
+    figures = json.loads((run.settings.out / "figures.json").read_text())
+    assert figures["flipped"] == 30 and figures["seed"] == 3
+    assert figures["detection"]["loss"]["auroc"] == pytest.approx(run.detections[1].auroc)
+    assert figures["removal"]["queries"] == 2 and figures["removal"]["seeds"] == 2
+
+
+def test_tables_say_what_was_found(run, printed):
+    text = printed.getvalue()
+    for words in ("proponents (+)", "self-influence", "gradient norm", "random images", "flipped, is"):
+        assert words in text
+    assert f"{run.detections[0].auroc:.3f}" in text
+    assert f"{run.agreement.proponents:+.2f}" in text
+    assert "index.html" in text.replace("\n", "")
+
+
+def test_without_retraining_the_proof_is_left_out(tmp_path):
+    printed = io.StringIO()
+    run = run_demo(
+        Settings(out=tmp_path, n=100, queries=3, retrain_queries=0, recipe=QUICK),
+        Console(file=printed, width=80),
+    )
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert run.agreement is None and run.figures()["removal"] is None
+    assert "Proof 2" not in printed.getvalue() and "Does retraining" not in page
+
+
+# Page -------------------------------------------------------------------------------------------------------------
+
+
+def test_page_asks_for_nothing(page):
+    text = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
+    assert not re.search(r"https?:|//[a-z]", text, re.IGNORECASE)
+    assert not re.search(r"url\(|@import|javascript:", text, re.IGNORECASE)
+    parsed = _Tags(page)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {
+        tag for tag, _ in parsed.tags
+    }
+    sources = [attributes["src"] for _, attributes in parsed.tags if "src" in attributes]
+    assert len(sources) > 50 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert all(attributes.get("href", "#").startswith("#") for _, attributes in parsed.tags)
+    policies = [attributes["content"] for tag, attributes in parsed.tags if attributes.get("http-equiv")]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_page_closes_what_it_opens(page):
+    for tag in ("div", "section", "article", "figure", "span", "table", "p", "main"):
+        assert len(re.findall(rf"<{tag}[ >]", page)) == page.count(f"</{tag}>"), tag
+
+
+def test_page_is_for_phones_and_the_dark(page):
+    assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page and "max-width" in page
+
+
+def test_page_shows_every_query_and_marks_flips(run, page):
+    assert page.count("<article") == 6
+    assert page.count("Proponents <small>") == 6 and page.count("Opponents <small>") == 6
+    suspects = page[page.index('id="suspects"') : page.index("Suspected, yet not flipped")]
+    first = run.suspects.top_k(48).positions
+    assert suspects.count('class="thumb flipped"') == int(run.flipped[first].sum())
+    innocent = page[page.index("Suspected, yet not flipped") : page.index('id="proof"')]
+    assert 'class="thumb"' in innocent and "thumb flipped" not in innocent
+
+
+def test_page_says_sign_and_unit(page):
+    words = " ".join(_Tags(page).words)
+    assert "proponent" in words and "predicted to rise" in words
+    assert "opponent" in words and "predicted to fall" in words
+    assert "nat" in words and "first-order" in words
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7*7 }}",
+    "'; --",
+    "&lt;",
+    "</style>",
+]
+
+
+def test_hostile_names_are_text(run):
+    classes = tuple((HOSTILE * 2)[:10])
+    test = replace(run.images.test, ids=['<b onclick="x">'] * len(run.images.test))
+    page = render(replace(run, images=replace(run.images, name="<h1>&", classes=classes, test=test)))
+    parsed = _Tags(page)
+    assert not {"script", "b onclick"} & {tag for tag, _ in parsed.tags}
+    assert not any(key.startswith("on") for _, attributes in parsed.tags for key in attributes)
+    assert all(attributes["src"].startswith("data:") for tag, attributes in parsed.tags if tag == "img")
+    assert page.count("</style>") == 1 and "49" not in re.findall(r"<b>(.*?)</b>", page)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<h1>&" in "".join(parsed.words)
+
+
+def test_hostile_names_do_not_reach_the_terminal():
+    assert printable("a\x1b]0;title\x07b\nc") == "a?]0;title?b?c"
+    assert printable("Größe 犬") == "Größe 犬"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_survive(channels):
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, channels), dtype=np.uint8)
+    file = io.BytesIO(base64.b64decode(png(picture).removeprefix("data:image/png;base64,")))
+    assert np.array_equal(np.asarray(Image.open(file)).reshape(5, 7, channels), picture)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.5, "+0.50"), (-0.0123, "−0.012"), (1e-7, "+1.0e-7"), (-31.4, "−31"), (0.0, "0")]
+)
+def test_signed(value, text):
+    assert signed(value) == text
+
+
+# Images of one's own -----------------------------------------------------------------------------------------------
+
+
+def _photos(folder: Path, counts: dict[str, int], size=(12, 9)) -> None:
+    generator = np.random.default_rng(0)
+    for hue, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 90, (size[1], size[0], 3), dtype=np.uint8)
+            pixels[..., hue % 3] += 160
+            Image.fromarray(pixels).save(folder / name / f"{number:03d}.png")
+
+
+def test_class_folders_are_split_by_the_seed(tmp_path):
+    _photos(tmp_path, {"cat": 40, "dog": 30})
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    images, same, other = (open_images(root=tmp_path, seed=seed) for seed in (0, 0, 1))
+    assert images.classes == ("cat", "dog") and images.name == tmp_path.name
+    assert (len(images.train), len(images.test)) == (56, 14)
+    assert not set(images.train.ids) & set(images.test.ids)
+    assert images.train.ids == same.train.ids != other.train.ids
+    assert images.train.pictures.shape == (56, 9, 9, 3) and images.train.inputs.shape == (56, 3, 9, 9)
+    names = [images.classes[label] for label in images.train.labels.tolist()]
+    assert all(identity.startswith(name) for identity, name in zip(images.train.ids, names, strict=True))
+    assert images.train.inputs.mean().abs() < 1e-5 and (images.train.inputs.std() - 1).abs() < 0.02
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_train_and_test_folders(tmp_path, held_out):
+    _photos(tmp_path / "train", {"cat": 30, "dog": 30}, size=(100, 120))
+    _photos(tmp_path / held_out, {"cat": 8, "dog": 8}, size=(80, 90))
+    images = open_images("pets", tmp_path, n=20)
+    assert images.name == "pets" and (len(images.train), len(images.test)) == (20, 16)
+    assert images.train.pictures.shape[1:] == (64, 64, 3) and images.train.inputs.shape[2:] == (32, 32)
+    assert all(identity.startswith(held_out) for identity in images.test.ids)
+
+
+LOADER = """
+import numpy as np
+
+def images(name, split="train", n=None):
+    if name != "blobs":
+        raise KeyError(name)
+    labels = np.arange(n) % 3
+    pixels = np.full((n, 70, 70, 1), 40, np.uint8) + 60 * labels[:, None, None, None].astype(np.uint8)
+    return pixels, labels, np.arange(n)
+"""
+
+
+def test_folder_with_a_loader(tmp_path, monkeypatch):
+    (tmp_path / "load.py").write_text(LOADER)
+    monkeypatch.setenv("UPWEIGHT_DATA", str(tmp_path))
+    images = open_images("blobs", n=40)
+    assert images.classes == ("0", "1", "2") and len(images.train) == 40
+    assert images.train.pictures.shape == (40, 35, 35, 1)
+    assert open_images(n=50).name == "digits"  # the variable changes only what was asked for by name
+    with pytest.raises(UpweightError, match=r"no training and test images called 'nope'"):
+        open_images("nope")
+
+
+def test_demo_on_photos(tmp_path):
+    _photos(tmp_path / "photos", {"[red]hot": 30, "<green>": 30, "blue": 30})
+    settings = Settings(
+        root=tmp_path / "photos", out=tmp_path / "out", queries=4, retrain_queries=1, retrain_seeds=1
+    )
+    printed = io.StringIO()
+    run = run_demo(settings, Console(file=printed, width=120))
+    assert run.images.classes == ("<green>", "[red]hot", "blue")
+    assert "[red]hot" in printed.getvalue()
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "&lt;green&gt;" in page and "<green>" not in page
+
+
+def _one_class(folder):
+    _photos(folder, {"cat": 30})
+
+
+def _few(folder):
+    _photos(folder, {"cat": 4, "dog": 4})
+
+
+def _stranger(folder):
+    _photos(folder / "train", {"cat": 30, "dog": 30})
+    _photos(folder / "test", {"cow": 10})
+
+
+def _broken(folder):
+    _photos(folder, {"cat": 30, "dog": 30})
+    for file in (folder / "cat").iterdir():
+        file.write_bytes(b"no image")
+
+
+def _broken_loader(folder):
+    (folder / "load.py").write_text("1/0")
+
+
+def _wrong_pixels(folder):
+    (folder / "load.py").write_text(LOADER.replace("return pixels", "return pixels / 255"))
+
+
+def _wrong_classes(folder):
+    (folder / "load.py").write_text(LOADER + "\n\ndef classes(name):\n    return ['a', 'b']\n")
+
+
+@pytest.mark.parametrize(
+    ("arrange", "arguments", "message"),
+    [
+        (None, {"data": "nope"}, r"unknown data 'nope'.*-> try digits"),
+        (None, {"data": "cifar10"}, r"--data cifar10 needs to know where.*-> add --root"),
+        (None, {"root": "missing"}, r"missing is not a folder ->"),
+        (None, {"data": "digits", "root": "."}, r"digits come with scikit-learn.*-> drop --root"),
+        (None, {"n": 5}, r"digits has 5 training images.*at least 10 ->"),
+        (None, {"n": 0}, r"--n 0 leaves no training images ->"),
+        (None, {"root": "."}, r"no images in .*-> expected"),
+        (_one_class, {"root": "."}, r"one class only \('cat'\) -> "),
+        (_few, {"root": "."}, r"7 training images, the demo needs at least 10 ->"),
+        (_stranger, {"root": "."}, r"cow is a class the training images do not have ->"),
+        (_broken, {"root": "."}, r"cat.*\.png cannot be read as an image .*->"),
+        (
+            _broken_loader,
+            {"data": "blobs", "root": "."},
+            r"load\.py cannot be imported \(ZeroDivisionError.*->",
+        ),
+        (_wrong_pixels, {"data": "blobs", "root": "."}, r"float64 of shape .*-> give uint8"),
+        (_wrong_classes, {"data": "blobs", "root": "."}, r"from 0 to 2, but it has 2 class names ->"),
+    ],
+)
+def test_errors_name_cause_and_way_out(tmp_path, monkeypatch, arrange, arguments, message):
+    monkeypatch.delenv("UPWEIGHT_DATA", raising=False)
+    if arrange is not None:
+        arrange(tmp_path)
+    if "root" in arguments:
+        arguments = {**arguments, "root": tmp_path / arguments["root"]}
+    with pytest.raises(UpweightError, match=message) as caught:
+        open_images(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UpweightError, match=r"cannot be written .*-> choose another folder with --out"):
+        run_demo(Settings(out=tmp_path / "file" / "run"), Console(file=io.StringIO()))
+
+
+def test_fewer_test_images_than_queries(tmp_path):
+    settings = Settings(out=tmp_path, n=60, retrain_queries=30, retrain_seeds=1, recipe=QUICK)
+    run = run_demo(settings, Console(file=io.StringIO()))
+    assert int(run.flipped.sum()) == 6 and len(run.queries) == len(run.images.test) == len(run.removals) == 15
