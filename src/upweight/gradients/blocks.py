@@ -269,7 +269,9 @@ def concatenate(blocks: Sequence[Block]) -> Block:
     first = blocks[0]
     if len(blocks) == 1:
         return first
-    if isinstance(first, Dense):
+    if (
+        isinstance(first, Dense) or len({type(b) for b in blocks}) > 1
+    ):  # a layer that one of the batches does not reach
         return Dense(torch.cat([b.dense() for b in blocks]))
     if isinstance(first, Spectral):
         parts = [b for b in blocks if isinstance(b, Spectral)]
