@@ -1,7 +1,7 @@
 """Per-example gradients equal autograd, one example at a time, for every case; and the Fisher equals its definition."""
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import oracles
 import pytest
@@ -37,7 +37,7 @@ def named(*names: str):
     return each(found)
 
 
-@lru_cache(maxsize=None)
+@cache
 def track(case: Case, dtype: torch.dtype = torch.float64, measurement: str = "loss"):
     model, batch = case.build(dtype), case.batch(N, dtype)
     tracker = Tracker(model, case.task(measurement), Examples(batch), case.parameters, case.autocast)
