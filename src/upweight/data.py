@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,24 @@ from torch.utils.data import (
 )
 from torch.utils.data import default_collate as torch_collate
 
+from upweight._random import preserved
+from upweight._trees import (
+    as_tensors,
+    batch_length,
+    concatenate,
+    digest_of,
+    hash_tree,
+    length,
+    map_tensors,
+    signature,
+    tensors_in,
+)
 from upweight.errors import UpweightError
 
 FINGERPRINT_ITEMS = 256
 """How many evenly spaced examples of a lazily read data set go into its fingerprint; tensors are hashed whole."""
+REPEATED_ITEMS = 32
+"""How many examples of a map-style data set are read twice: a flip with probability 1/2 shows among them."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,11 @@ class Examples:
         return self._source.take(positions)
 
     @property
+    def alike(self) -> int:
+        """How many examples, from the first on, can be collated with one another (a stream may change its lengths)."""
+        return self._source.alike if isinstance(self._source, _Stream) else self.n
+
+    @property
     def preferred_batch_size(self) -> int | None:
         """The batch size that the data insists on (a stream's), else None."""
         return self._source.batch_size
@@ -98,7 +118,7 @@ class Examples:
         if self._fingerprint is None:
             digest = hashlib.blake2b(str(self.n).encode(), digest_size=16)
             for batch in self._source.sample_for_fingerprint():
-                _hash_tree(digest, batch)
+                hash_tree(digest, batch)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -110,7 +130,7 @@ class _Tensors:
 
     def __init__(self, tree: Any) -> None:
         self.tree = map_tensors(tree, lambda t: t)
-        lengths = {_length(t) for t in tensors_in(self.tree)}
+        lengths = {length(t) for t in tensors_in(self.tree)}
         if len(lengths) != 1:
             raise UpweightError(
                 f"tensors have first axes of {sorted(lengths)}, expected one length -> align them"
@@ -146,15 +166,19 @@ class _Items:
         loader = DataLoader(
             self.dataset, batch_size, shuffle=False, collate_fn=self.collate, num_workers=self.workers
         )
-        for k, batch in enumerate(loader):
+        for k, batch in enumerate(_undisturbed(loader)):
             yield Rows(k * batch_size, min((k + 1) * batch_size, self.n), as_tensors(batch))
 
     def take(self, positions: Sequence[int]) -> Any:
+        with preserved():
+            return self._read(positions)
+
+    def _read(self, positions: Sequence[int]) -> Any:
         return as_tensors(self.collate([self.dataset[int(i)] for i in positions]))
 
     def check_repeatable(self) -> None:
-        probe = range(min(self.n, 4))
-        if not _same_twice(lambda: self.take(probe)):
+        probe = range(min(self.n, REPEATED_ITEMS))
+        if not _same_twice(lambda: self._read(probe)):
             raise UpweightError(
                 "the first examples differ when read twice, expected the same numbers (random augmentation?) -> pass "
                 "the data set with its random transforms switched off, as the trained model sees it at test time"
@@ -167,44 +191,52 @@ class _Items:
 
 
 class _Stream:
-    """Batches from an iterable that can only be read from its beginning, in the order in which they come."""
+    """Batches from an iterable that can only be read from its beginning, in the order in which they come.
+
+    Every reading is compared with the first, batch by batch: rows of a score matrix must stay the same examples.
+    """
 
     def __init__(self, iterable: Iterable[Any]) -> None:
         self.iterable = iterable
-        self.sizes = [_batch_length(as_tensors(batch)) for batch in self._read()]
+        self.sizes: list[int] = []
+        self.digests: list[str] = []
+        shapes: list[list[str]] = []
+        for batch in _undisturbed(iterable):
+            batch = as_tensors(batch)
+            self.sizes.append(batch_length(batch))
+            self.digests.append(digest_of(batch))
+            shapes.append(signature(batch))
         self.n = sum(self.sizes)
         self.batch_size = max(self.sizes, default=None)
-
-    def _read(self) -> Iterator[Any]:
-        with torch.random.fork_rng(devices=[]):
-            yield from self.iterable
+        self.alike = sum(
+            size for size, _ in takewhile(lambda b: b[1] == shapes[0], zip(self.sizes, shapes, strict=True))
+        )
 
     def batches(self, batch_size: int) -> Iterator[Rows]:
         start, seen = 0, 0
-        for batch in self._read():
+        for batch in _undisturbed(self.iterable):
             batch = as_tensors(batch)
-            size = _batch_length(batch)
-            if seen >= len(self.sizes) or size != self.sizes[seen]:
-                break
-            yield Rows(start, start + size, batch)
-            start, seen = start + size, seen + 1
-        if start != self.n:
-            raise UpweightError(
-                f"the loader gave {start} examples in the batches of its first reading of {self.n} -> pass a data set, "
-                "or a loader that gives the same batches each time"
-            )
+            if seen >= len(self.sizes) or digest_of(batch) != self.digests[seen]:
+                raise _no_fixed_order(f"batch {seen}")
+            yield Rows(start, start + self.sizes[seen], batch)
+            start, seen = start + self.sizes[seen], seen + 1
+        if seen < len(self.sizes):
+            raise _no_fixed_order(f"batch {seen}")
 
     def take(self, positions: Sequence[int]) -> Any:
-        first = as_tensors(next(iter(self._read())))
-        size = _batch_length(first)
-        return map_tensors(first, lambda t: t[[int(p) % size for p in positions]])
+        found: dict[int, Any] = {}
+        for rows in self.batches(0):
+            for position in positions:
+                if rows.start <= position < rows.stop:
+                    k = position - rows.start
+                    found[position] = map_tensors(rows.batch, lambda t, k=k: t[k : k + 1])
+            if len(found) == len(set(positions)):
+                break
+        return concatenate([found[p] for p in positions])
 
     def check_repeatable(self) -> None:
-        if self.n and not _same_twice(lambda: next(iter(self._read()))):
-            raise UpweightError(
-                "the loader's first batch differs when read twice, expected one fixed order (shuffling or random "
-                "augmentation?) -> pass the data set itself, or a loader with shuffle=False and no random transforms"
-            )
+        if self.n and not _same_twice(lambda: next(iter(self.iterable))):
+            raise _no_fixed_order("the first batch")
 
     def sample_for_fingerprint(self) -> Iterator[Any]:
         yield from (rows.batch for rows in self.batches(0))
@@ -215,23 +247,42 @@ def _open(data: Any) -> _Tensors | _Items | _Stream:
         return _open_loader(data)
     if isinstance(data, TensorDataset):
         return _Tensors(tuple(data.tensors))
-    if isinstance(data, (Tensor, np.ndarray)) or (
-        isinstance(data, (tuple, list, Mapping)) and _only_tensors(data)
-    ):
+    if isinstance(data, (Tensor, np.ndarray)):
+        return _Tensors(as_tensors(data))
+    if isinstance(data, (tuple, Mapping)) and len(data) > 0:  # a list is a list of examples, not a structure
+        _refuse_other_leaves(data)
         return _Tensors(as_tensors(data))
     if isinstance(data, IterableDataset):
         raise UpweightError(
             "an IterableDataset has no length and no ids, expected a map-style Dataset -> wrap it in a DataLoader that "
             "yields the same batches each time, or load it into tensors"
         )
+    if isinstance(data, (str, bytes)) or hasattr(data, "to_numpy"):  # data frames index columns, not examples
+        raise _unreadable(data)
     if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         return _Items(data, torch_collate)
     if isinstance(data, Iterable) and not isinstance(data, Iterator):
         return _Stream(data)
-    raise UpweightError(
-        f"the data is {type(data).__name__}, expected a Dataset, a DataLoader, or (inputs, targets) -> a one-shot "
-        "iterator cannot be read twice; put it in a list"
+    raise _unreadable(data)
+
+
+def _unreadable(data: Any) -> UpweightError:
+    return UpweightError(
+        f"the data is {type(data).__name__}, expected a Dataset, a DataLoader, (inputs, targets), or a list of "
+        "examples -> turn a data frame into arrays with .to_numpy(), a one-shot iterator into a list of its examples"
     )
+
+
+def _refuse_other_leaves(tree: Any) -> None:
+    """Raise unless a tuple or dict holds nothing but tensors, arrays and dicts of them."""
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        if isinstance(value, Mapping):
+            _refuse_other_leaves(value)
+        elif not isinstance(value, (Tensor, np.ndarray)):
+            raise UpweightError(
+                f"element {key!r} of the data is {type(value).__name__}, expected tensors or arrays with the examples "
+                "along their first axis -> torch.as_tensor(...), or a list of examples [(input, target), ...]"
+            )
 
 
 def _open_loader(loader: DataLoader) -> _Tensors | _Items | _Stream:
@@ -241,8 +292,8 @@ def _open_loader(loader: DataLoader) -> _Tensors | _Items | _Stream:
         and not loader.sampler.replacement
         and loader.sampler.num_samples == len(loader.sampler.data_source)
     )
-    if loader.batch_sampler is not None and type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
-        return _Stream(loader)
+    if type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
+        return _Stream(loader)  # batches of its own making, or none: the data set gives whole batches
     if isinstance(loader.dataset, IterableDataset) or not (in_order or whole_shuffle):
         return _Stream(
             loader
@@ -253,92 +304,26 @@ def _open_loader(loader: DataLoader) -> _Tensors | _Items | _Stream:
     return _Items(loader.dataset, loader.collate_fn or torch_collate, loader.num_workers)
 
 
-def as_tensors(tree: Any) -> Any:
-    """The same nesting with every numpy array (or number) as a tensor."""
-    if isinstance(tree, Tensor):
-        return tree
-    if isinstance(tree, (np.ndarray, np.generic)):
-        array = np.asarray(tree)
-        if array.dtype == object:
-            raise UpweightError(
-                "an array holds Python objects, expected numbers -> convert it to a numeric dtype"
-            )
-        return torch.from_numpy(np.ascontiguousarray(array))
-    if isinstance(tree, Mapping):
-        return {key: as_tensors(value) for key, value in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple(as_tensors(value) for value in tree)
-    if isinstance(tree, list):
-        return [as_tensors(value) for value in tree]
-    return tree
-
-
-def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same nesting with `function` applied to every tensor in it."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(value, function) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(map_tensors(value, function) for value in tree)
-    return tree
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Every tensor of a nesting, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for key in tree:
-            yield from tensors_in(tree[key])
-    elif isinstance(tree, (tuple, list)):
-        for value in tree:
-            yield from tensors_in(value)
-
-
-def signature(batch: Any) -> list[str]:
-    """Shapes of one example and dtypes, for error messages and cache checks: ``["float32[3, 32, 32]", "int64[]"]``."""
-    return [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape[1:])}" for t in tensors_in(batch)]
-
-
-def _only_tensors(tree: Any) -> bool:
-    leaves = tree.values() if isinstance(tree, Mapping) else tree
-    # A plain list of tensors is a list of examples or batches, not a structure: only tuples and dicts are one.
-    return (
-        not isinstance(tree, list)
-        and len(tree) > 0
-        and all(isinstance(v, (Tensor, np.ndarray)) for v in leaves)
-    )
-
-
-def _length(tensor: Tensor) -> int:
-    if tensor.ndim == 0:
-        raise UpweightError(
-            "a tensor of the data has no axes, expected the examples along the first -> add an axis"
-        )
-    return len(tensor)
-
-
-def _batch_length(batch: Any) -> int:
-    sizes = {_length(t) for t in tensors_in(batch)}
-    if len(sizes) != 1:
-        raise UpweightError(
-            f"a batch holds tensors with first axes of {sorted(sizes)}, expected one -> align them"
-        )
-    return sizes.pop()
+def _undisturbed(iterable: Iterable[Any]) -> Iterator[Any]:
+    """The iterable's items, whose making leaves the global random states as they were."""
+    with preserved():
+        iterator = iter(iterable)
+    while True:
+        with preserved():
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
 
 
 def _same_twice(read: Callable[[], Any]) -> bool:
-    with torch.random.fork_rng(devices=[]):
-        first, second = list(tensors_in(as_tensors(read()))), list(tensors_in(as_tensors(read())))
-    return len(first) == len(second) and all(
-        a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
-        for a, b in zip(first, second, strict=True)
+    with preserved():
+        return digest_of(as_tensors(read())) == digest_of(as_tensors(read()))
+
+
+def _no_fixed_order(what: str) -> UpweightError:
+    return UpweightError(
+        f"{what} of the loader differs when read again, expected one fixed order (shuffling or random augmentation?) "
+        "-> pass the data set itself, or a loader with shuffle=False and no random transforms"
     )
-
-
-def _hash_tree(digest: Any, tree: Any) -> None:
-    for tensor in tensors_in(tree):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

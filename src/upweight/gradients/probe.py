@@ -47,8 +47,9 @@ def pick_probe(
     """
     shape: tuple[int, ...] | None = None
     sizes: list[float] = []
-    for start in range(0, min(examples.n, CANDIDATES), 2):
-        pair = [start, min(start + 1, examples.n - 1)]
+    candidates = min(examples.alike, CANDIDATES)
+    for start in range(0, candidates, 2):
+        pair = [start, min(start + 1, candidates - 1)]
         ids = [examples.ids[p] for p in pair]
         batch = move(examples.take(pair))
         with torch.no_grad(), Tap({}):  # a tap refuses dropout and batch statistics before they do anything
