@@ -91,7 +91,10 @@ class OutputTask(Task):
     def fisher_columns(self, model: nn.Module, batch: Batch, kind: FisherKind, draws: int) -> int:
         if kind == "exact":
             with torch.no_grad():
-                return self.hessian_root(self.forward(model, batch)[0]).shape[-1]
+                outputs = self.forward(model, batch)[0]
+                return self.hessian_root(outputs.to("meta")).shape[
+                    -1
+                ]  # shapes alone: many classes make it large
         return draws if kind == "sampled" else 1
 
     def pseudo_losses(
