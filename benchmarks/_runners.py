@@ -120,6 +120,7 @@ def run_upweight(
         damping=settings["damping"] or workload.spec.damping,
         parameters=lambda name: name.rpartition(".")[0] in tracked,
         tolerance=settings["tolerance"],
+        memory=settings.get("memory", "auto"),
         progress=False,
     )
     cache = None if folder is None else uw.Cache(folder / "cache", precision=settings["precision"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -24,7 +25,7 @@ from upweight.gradients.operations import Patches
 from upweight.passes import ModelPass, Step
 from upweight.store import ShardStore
 
-Precision: TypeAlias = Literal["float32", "bf16", "int8"]
+Precision: TypeAlias = Literal["float32", "bf16", "int8", "index"]
 SHARD_BYTES = 32 << 20
 """Float32 bytes of one shard: what a killed process loses at most."""
 ERROR_PROBE = 32
@@ -37,8 +38,10 @@ class Cache:
 
     Attributes:
         folder: a folder of its own; made if it does not exist, resumed if a run was killed.
-        precision: ``"float32"`` (the model's own precision: nothing is lost), ``"bf16"`` (half the bytes), or
-            ``"int8"`` (a quarter).
+        precision: ``"float32"`` (the model's own precision: nothing is lost), ``"bf16"`` (half the bytes), ``"int8"``
+            (a quarter), or ``"index"``: no factors, but the coordinates of the gradients that matter at the damping of
+            the fit (`upweight.index`), for the fastest answers to new queries.
+        index_error: for an index, the largest relative error that leaving coordinates out may make on a probe.
 
     Example:
         >>> Cache("runs/cache", precision="int8").precision
@@ -47,10 +50,17 @@ class Cache:
 
     folder: str | os.PathLike[str]
     precision: Precision = "float32"
+    index_error: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.precision not in ("float32", "bf16", "int8"):
-            raise UpweightError(f"precision={self.precision!r} is unknown -> use 'float32', 'bf16' or 'int8'")
+        if self.precision not in ("float32", "bf16", "int8", "index"):
+            raise UpweightError(
+                f"precision={self.precision!r} is unknown -> use 'float32', 'bf16', 'int8' or 'index'"
+            )
+        if not 0 <= self.index_error < 1:
+            raise UpweightError(
+                f"index_error={self.index_error}, expected 0 <= error < 1 -> 0.02 is the default"
+            )
 
 
 class CachePass:
@@ -109,23 +119,36 @@ class CachePass:
             self._reader = ShardStore.open(self.cache.folder, self.manifest, read_only=True)
         return self._reader
 
-    def read_curvature(self, key: str, names: list[str]) -> Curvature | None:
-        """A curvature that was saved beside the gradients, or None."""
-        store = self._open()
+
+class SavedCurvature:
+    """Curvatures kept beside a cache, so that a second process need not fit again.
+
+    Args:
+        cache: the cache they belong to.
+        manifest: what they were fitted on.
+    """
+
+    def __init__(self, cache: Cache, manifest: Mapping[str, object]) -> None:
+        self.folder = Path(cache.folder) / "curvature"
+        self.manifest = {**manifest, "holds": "curvature", "precision": cache.precision}
+
+    def read(self, key: str, names: list[str], device: torch.device) -> Curvature | None:
+        """The curvature of this key on `device`, or None."""
+        if not self.folder.exists():
+            return None
+        store = ShardStore.open(self.folder, self.manifest, read_only=True)
         if not store.has(key):
             return None
         meta = store.meta(key)
-        device = self.source.tracker.device
         state = {name: tensor.to(device) for name, tensor in store.read(key).items()}
         return Curvature.from_state(meta["kind"], names, state, meta["info"])
 
-    def write_curvature(self, key: str, curvature: Curvature) -> None:
-        """Save a curvature beside the gradients."""
-        state = curvature.state() or {"none": torch.zeros(1)}
-        with ShardStore.open(self.cache.folder, self.manifest) as store:
+    def write(self, key: str, curvature: Curvature) -> None:
+        """Keep a curvature."""
+        with ShardStore.open(self.folder, self.manifest) as store:
             if not store.has(key):
+                state = curvature.state() or {"none": torch.zeros(1)}
                 store.write(key, state, {"kind": curvature.kind, "info": curvature.info})
-        self._reader = None
 
 
 def shard_examples(examples: Examples, bytes_per_example: float) -> int:

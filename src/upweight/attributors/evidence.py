@@ -27,6 +27,8 @@ def influence_info(method: Influence, fitted: Fitted) -> dict[str, Any]:
     stored: dict[str, Any] = {"where": "recomputed"}
     if isinstance(training, CachePass):
         stored = {"where": "disk", "precision": training.cache.precision, "relative_error": training.error}
+    elif fitted.index is not None:
+        stored = {"where": "disk", "precision": "index", **fitted.index.facts}
     elif isinstance(training, Kept) and training.share_in_memory > 0:
         stored = {"where": "memory", "share": training.share_in_memory}
     return {

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upweight.budget import batch_size_for
-from upweight.cache import Cache, CachePass, shard_examples
+from upweight.cache import Cache, CachePass, SavedCurvature, shard_examples
 from upweight.curvature import Curvature, fit_curvature
 from upweight.data import Examples, signature
 from upweight.fingerprint import model_fingerprint, model_versions
 from upweight.gradients import Gradients, Tracker
 from upweight.gradients.separable import may_separate
+from upweight.index import GradientIndex, check_index_use, probe_positions
 from upweight.passes import EmpiricalPass, FisherPass, Kept, ModelPass, Pass
 from upweight.progress import progress_bar
 from upweight.task import FisherKind, resolve_fisher
@@ -43,6 +44,7 @@ class Fitted:
         batch_size: examples per forward pass.
         example_bytes: bytes of one example's factors.
         sample: gradients of a few examples of the layers that may have a separable route, or None.
+        index: whitened training gradients for new queries, or None.
         fingerprints: of the model and of the training data.
         versions: cheap signs of a changed model.
         signature: form of one training example.
@@ -57,6 +59,7 @@ class Fitted:
     batch_size: int
     example_bytes: float
     sample: Gradients | None
+    index: GradientIndex | None
     fingerprints: dict[str, str]
     versions: tuple[tuple[int, int], ...]
     signature: list[str]
@@ -70,6 +73,8 @@ class Fitted:
     @property
     def step(self) -> int:
         """Training examples per tile of the scores."""
+        if self.index is not None:
+            return int(str(self.index.manifest["shard_examples"]))
         return self.training.source.batch_size if isinstance(self.training, CachePass) else self.batch_size
 
 
@@ -87,11 +92,16 @@ def fit_influence(
     example_bytes = float(max(1, probe.nbytes))
     chosen = batch_size_for(example_bytes, examples.n, method.memory)
     size = examples.preferred_batch_size or method.batch_size or chosen
+    cache = Cache(cache) if isinstance(cache, (str, os.PathLike)) else cache
     training = _training_pass(method, tracker, examples, size, example_bytes, cache)
     with torch.no_grad():
         batch = tracker.move(examples.take(spread(examples.n, 2)))
         kind, columns = resolve_fisher(method.task, method.model, batch, method.fisher, method.draws)
-    curvature, fitted_from = _fit_curvature(method, tracker, examples, training, kind, columns, size)
+    saved = None if cache is None else SavedCurvature(cache, run_manifest(method, tracker, examples))
+    curvature, fitted_from = _fit_curvature(method, tracker, examples, training, kind, columns, size, saved)
+    index = None
+    if cache is not None and cache.precision == "index":
+        index = _build_index(method, tracker, examples, curvature, (kind, columns), cache, example_bytes)
     return Fitted(
         tracker=tracker,
         examples=examples,
@@ -100,7 +110,8 @@ def fit_influence(
         fisher=(kind, columns),
         batch_size=size,
         example_bytes=example_bytes,
-        sample=_sample(method, tracker, examples, probe, size),
+        sample=None if index is not None else _sample(method, tracker, examples, probe, size),
+        index=index,
         fingerprints={"model": model_fingerprint(method.model), "train": examples.fingerprint()},
         versions=model_versions(method.model),
         signature=signature(examples.take([0])),
@@ -128,12 +139,10 @@ def _training_pass(
     examples: Examples,
     size: int,
     example_bytes: float,
-    cache: Cache | str | os.PathLike[str] | None,
+    cache: Cache | None,
 ) -> Pass[Gradients]:
-    if cache is None:
-        model_pass = ModelPass(tracker, examples, size)
-        return Kept(model_pass, method.memory / 2, lambda g: g.nbytes)
-    cache = cache if isinstance(cache, Cache) else Cache(cache)
+    if cache is None or cache.precision == "index":
+        return Kept(ModelPass(tracker, examples, size), method.memory / 2, lambda g: g.nbytes)
     rows = examples.preferred_batch_size or shard_examples(examples, example_bytes)
     stored = CachePass(cache, run_manifest(method, tracker, examples), ModelPass(tracker, examples, rows))
     with progress_bar("training gradients", examples.n, method.progress) as advance:
@@ -149,12 +158,12 @@ def _fit_curvature(
     kind: FisherKind,
     columns: int,
     size: int,
+    saved: SavedCurvature | None,
 ) -> tuple[Curvature, str]:
-    key = f"curvature-{method.curvature}-{kind}-{columns}-{method.seed}"
-    if isinstance(training, CachePass):
-        known = training.read_curvature(key, list(tracker.layers))
-        if known is not None:
-            return known, "cache"
+    key = f"{method.curvature}-{kind}-{columns}-{method.seed}"
+    known = saved.read(key, list(tracker.layers), tracker.device) if saved is not None else None
+    if known is not None:
+        return known, "cache"
     passes = {"identity": 0, "ekfac": 2}.get(method.curvature, 1)
     if kind == "empirical":
         source: Any = EmpiricalPass(training)
@@ -162,17 +171,43 @@ def _fit_curvature(
         model_pass = FisherPass(tracker, examples, size, kind, columns, method.seed)
         keep = method.memory / 2 if passes > 1 else 0  # a single pass is never read again
         source = Kept(model_pass, keep, lambda columns: sum(g.nbytes for g in columns))
-    with progress_bar(
-        f"{method.curvature} curvature", max(1, passes) * examples.n, method.progress
-    ) as advance:
-        curvature = fit_curvature(
-            method.curvature, tracker.layers, _Walk(source, advance), examples.n, tracker.dtype
+    total = max(1, passes) * examples.n
+    with progress_bar(f"{method.curvature} curvature", total, method.progress) as advance:
+        walk = _Walk(source, advance)
+        curvature = fit_curvature(method.curvature, tracker.layers, walk, examples.n, tracker.dtype)
+    if saved is not None:
+        saved.write(key, curvature)
+    from_cache = kind == "empirical" and isinstance(training, CachePass)
+    return curvature, "cached gradients" if from_cache else "model"
+
+
+def _build_index(
+    method: Influence,
+    tracker: Tracker,
+    examples: Examples,
+    curvature: Curvature,
+    fisher: tuple[FisherKind, int],
+    cache: Cache,
+    example_bytes: float,
+) -> GradientIndex:
+    check_index_use(method.curvature, per_layer=False)
+    inverse = curvature.inverse(method.damping)
+    rows = examples.preferred_batch_size or shard_examples(examples, example_bytes)
+    manifest = {
+        **run_manifest(method, tracker, examples),
+        "holds": "index",
+        "curvature": [method.curvature, *fisher, method.seed],
+        "damping": dict(inverse.damping),
+        "index_error": cache.index_error,
+        "shard_examples": rows,
+    }
+    positions = probe_positions(examples.n)
+    probe = tracker.train(examples.take(positions), [examples.ids[p] for p in positions])
+    with progress_bar("index", examples.n, method.progress) as advance:
+        training = ModelPass(tracker, examples, rows)
+        return GradientIndex.build(
+            cache.folder, manifest, inverse, training, probe, cache.index_error, advance
         )
-    if isinstance(training, CachePass):
-        training.write_curvature(key, curvature)
-    return curvature, "cached gradients" if isinstance(
-        training, CachePass
-    ) and kind == "empirical" else "model"
 
 
 def _sample(
@@ -180,12 +215,8 @@ def _sample(
 ) -> Gradients | None:
     """Gradients of evenly spread training examples for the layers that may have a separable route; None without any."""
     names = [name for name, block in probe.items() if may_separate(block)]
-    if (
-        not names
-        or not method.tolerance
-        or tracker.dtype == torch.float64
-        or method.curvature not in CALIBRATED
-    ):
+    exact = method.tolerance == 0 or tracker.dtype == torch.float64
+    if not names or exact or method.curvature not in CALIBRATED:
         return None
     positions = spread(examples.n, PROBE_EXAMPLES)
     parts = []

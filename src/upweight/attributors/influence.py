@@ -31,6 +31,7 @@ from upweight.fingerprint import model_fingerprint, model_versions
 from upweight.gradients import Gradients, Router
 from upweight.gradients.select import ParameterFilter
 from upweight.gradients.separable import find_terms
+from upweight.index import GradientIndex, WhitenedQueries, check_index_use
 from upweight.progress import progress_bar
 from upweight.scores import Scores, SelfInfluence
 from upweight.task import Task
@@ -171,6 +172,7 @@ class Influence:
         queries = Examples(query, ids)
         n = fitted.examples.n
         router, inverse = self._router(), fitted.curvature.inverse(self.damping)
+        training: Any = self._index(per_layer) or fitted.training
         panel = self._panel_size(queries.n)
         names = list(fitted.tracker.layers) if per_layer else None
         grid = {"panel": panel, "step": fitted.step}
@@ -183,10 +185,10 @@ class Influence:
                         advance(n)
                         continue
                     preconditioned = self._preconditioned(queries, start, stop, inverse, router)
-                    for step in fitted.training:
+                    for step in training:
                         if not tiles.has(start, step.start):
                             train_gradients = step.load()
-                            if per_layer:
+                            if isinstance(preconditioned, Gradients) and per_layer:
                                 parts = preconditioned.by_layer(train_gradients.T)
                                 tiles.write(
                                     start, step.start, {name: part / n for name, part in parts.items()}
@@ -212,11 +214,17 @@ class Influence:
         """
         fitted = self._ready()
         inverse = fitted.curvature.inverse(self.damping)
-        n = fitted.examples.n
+        n, index = fitted.examples.n, self._index()
         values = torch.zeros(n, dtype=fitted.dtype)
         with progress_bar("self-influence", n, self.progress) as advance:
-            for step in fitted.training:
-                for part in inverse.quadratic(step.load()).values():
+            for step in index or fitted.training:
+                loaded = step.load()
+                parts = (
+                    inverse.quadratic(loaded)
+                    if isinstance(loaded, Gradients)
+                    else {"": loaded.self_influence}
+                )
+                for part in parts.values():
                     values[step.start : step.stop] += (part / n).cpu()
                 advance(step.stop - step.start)
         return SelfInfluence(
@@ -245,19 +253,39 @@ class Influence:
 
     def _preconditioned(
         self, queries: Examples, start: int, stop: int, inverse: Inverse, router: Router
-    ) -> Gradients:
-        """``(H + damping I)^-1 grad m_q`` for a panel of queries."""
+    ) -> Gradients | WhitenedQueries:
+        """``(H + damping I)^-1 grad m_q`` for a panel of queries, in the form that the training gradients ask for."""
         fitted = self._ready()
-        parts = []
+        index = fitted.index
+        parts: list[Gradients] = []
+        whitened: list[WhitenedQueries] = []
         step = min(stop - start, batch_size_for(fitted.example_bytes, stop - start, self.memory))
         for a in range(start, stop, step):
             positions = range(a, min(a + step, stop))
             query_gradients = self._query_gradients(queries, positions)
+            if index is not None:
+                whitened.append(index.query(query_gradients))
+                continue
             preconditioned = inverse @ query_gradients
             parts.append(
                 Gradients({name: router.prepare(name, block) for name, block in preconditioned.items()})
             )
+        if index is not None:
+            return WhitenedQueries.concatenate(whitened)
         return Gradients.concatenate(parts).with_router(router)
+
+    def _index(self, per_layer: bool = False) -> GradientIndex | None:
+        """The index, if the fit made one and it can answer this."""
+        fitted = self._ready()
+        if fitted.index is None:
+            return None
+        check_index_use(self.curvature, per_layer)
+        if fitted.curvature.damping(self.damping) != dict(fitted.index.inverse.damping):
+            raise UpweightError(
+                "the index was built for another damping, which its numbers contain -> fit again with this damping and "
+                "another folder, or cache with precision='float32', 'bf16' or 'int8', which serve any damping"
+            )
+        return fitted.index
 
     def _query_gradients(self, queries: Examples, positions: Sequence[int]) -> Gradients:
         fitted = self._ready()
@@ -287,8 +315,8 @@ class Influence:
         fitted = self._ready()
         if not router.terms or fitted.sample is None:
             return None
-        probe = self._query_gradients(queries, spread(queries.n, 16))
-        return measure_separable_error(probe, fitted.sample, inverse, router)
+        probe = self._query_gradients(queries, spread(queries.n, 8))
+        return measure_separable_error(probe, fitted.sample.rows(slice(0, None, 3)), inverse, router)
 
     # Evidence ----------------------------------------------------------------------------------------------------
 

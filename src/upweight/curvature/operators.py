@@ -33,6 +33,10 @@ class LayerCurvature(Protocol):
         """Raw eigenvalues, undamped, in any shape with `numel` entries (an identity's is a single 1)."""
         ...
 
+    def coordinates(self, block: Block) -> Tensor:
+        """Every gradient in this curvature's eigenbasis, [batch, numel], in the order of the eigenvalues."""
+        ...
+
     def precondition(self, block: Block, damping: float) -> Block:
         """``(H + damping I)^-1 G`` for every gradient of a block."""
         ...
@@ -50,6 +54,9 @@ class Identity:
     def eigenvalues(self) -> Tensor:
         return torch.ones(1)
 
+    def coordinates(self, block: Block) -> Tensor:
+        return block.dense()
+
     def precondition(self, block: Block, damping: float) -> Block:
         return block
 
@@ -66,6 +73,9 @@ class Diagonal:
     @property
     def eigenvalues(self) -> Tensor:
         return self.values
+
+    def coordinates(self, block: Block) -> Tensor:
+        return block.dense()
 
     def precondition(self, block: Block, damping: float) -> Block:
         inverse = _inverse(self.values, damping)
@@ -89,12 +99,14 @@ class Full:
     def eigenvalues(self) -> Tensor:
         return self.values
 
+    def coordinates(self, block: Block) -> Tensor:
+        return block.dense() @ self.vectors
+
     def precondition(self, block: Block, damping: float) -> Block:
-        rotated = block.dense() @ self.vectors
-        return Dense((rotated * _inverse(self.values, damping)) @ self.vectors.mT)
+        return Dense((self.coordinates(block) * _inverse(self.values, damping)) @ self.vectors.mT)
 
     def quadratic(self, block: Block, damping: float) -> Tensor:
-        return (block.dense() @ self.vectors).square() @ _inverse(self.values, damping)
+        return self.coordinates(block).square() @ _inverse(self.values, damping)
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,11 @@ class Kronecker:
     @property
     def eigenvalues(self) -> Tensor:
         return self.values
+
+    def coordinates(self, block: Block) -> Tensor:
+        return torch.cat(
+            [flatten_groups(rotated_gradients(self.basis, block[part])) for part in tiles(block)]
+        )
 
     def precondition(self, block: Block, damping: float) -> Block:
         inverse = _inverse(self.values, damping)
