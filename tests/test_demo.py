@@ -4,9 +4,11 @@ import base64
 import io
 import json
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -247,7 +249,7 @@ def test_tables_say_what_was_found(run, printed):
     text = printed.getvalue()
     for words in ("proponents (+)", "self-influence", "gradient norm", "random images", "flipped, is"):
         assert words in text
-    assert f"{run.detections[0].auroc:.3f}" in text
+    assert f"{run.detections[0].auroc:.4f}" in text
     assert f"{run.agreement.proponents:+.2f}" in text
     assert "index.html" in text.replace("\n", "")
 
@@ -407,6 +409,39 @@ def test_folder_with_a_loader(tmp_path, monkeypatch):
     assert open_images(n=50).name == "digits"  # the variable changes only what was asked for by name
     with pytest.raises(UpweightError, match=r"no training and test images called 'nope'"):
         open_images("nope")
+
+
+class _Downloaded:
+    """What torchvision gives for a data set on disk."""
+
+    classes = ("plane", "car")
+
+    def __init__(self, root, train, download):
+        assert not download
+        if not (root / "batches").exists():
+            raise RuntimeError("Dataset not found")
+        self.data = np.zeros((200 if train else 100, 28, 28), np.uint8)
+        self.data[::2] = 200
+        self.targets = [0, 1] * (100 if train else 50)
+
+
+def test_torchvision_data_set(tmp_path, monkeypatch):
+    datasets = SimpleNamespace(MNIST=_Downloaded)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=datasets))
+    with pytest.raises(UpweightError, match=r"torchvision finds no mnist in .*-> download it there first"):
+        open_images("mnist", tmp_path)
+    (tmp_path / "batches").touch()
+    images = open_images("mnist", tmp_path, n=60)
+    assert images.classes == ("plane", "car") and images.ink
+    assert images.train.pictures.shape == (60, 28, 28, 1) and len(images.test) == 20
+
+
+def test_torchvision_is_asked_for_only_when_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(UpweightError, match=r"needs torchvision -> pip install 'upweight\[vision\]'"):
+        open_images("cifar10", tmp_path)
+    _photos(tmp_path / "cifar10", {"plane": 20, "car": 20})
+    assert open_images("cifar10", tmp_path).classes == ("car", "plane")
 
 
 def test_demo_on_photos(tmp_path):

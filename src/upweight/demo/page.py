@@ -51,7 +51,7 @@ def render(run: DemoRun) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(signed=signed, percent=lambda share: f"{share:.1%}")
+    environment.filters.update(signed=signed, nats=nats, percent=lambda share: f"{share:.1%}")
     suspects = _suspects(run)
     template = resources.files("upweight.demo").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(
@@ -81,6 +81,15 @@ def signed(value: float) -> str:
         return "0"
     text = f"{value:+.0f}" if abs(value) >= 9.95 else f"{value:+#.2g}"
     return text.replace("e-0", "e-").replace("-", "−", 1 if value < 0 else 0)
+
+
+def nats(value: float, digits: int) -> str:
+    """A change of loss with its sign and a fixed number of digits.
+
+    >>> nats(-0.126, 2)
+    '−0.13'
+    """
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def png(picture: np.ndarray) -> str:

@@ -93,8 +93,8 @@ def run_demo(settings: Settings, console: Console) -> DemoRun:
         removals=removals,
         seconds=clock.seconds,
     )
-    page.write_text(render(run), encoding="utf-8")
-    page.with_name("figures.json").write_text(json.dumps(run.figures(), indent=2) + "\n", encoding="utf-8")
+    _write(page, render(run))
+    _write(page.with_name("figures.json"), json.dumps(run.figures(), indent=2) + "\n")
     tables.print_findings(console, run, page)
     return run
 
@@ -167,6 +167,15 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.seconds[step] = time.perf_counter() - start
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UpweightError(
+            f"{file} cannot be written ({error.strerror}) -> make room, or choose another --out"
+        ) from error
 
 
 def _writable(folder: Path) -> Path:

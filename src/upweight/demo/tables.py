@@ -130,7 +130,7 @@ def _detections(run: DemoRun) -> Table:
     for heading in ("ranked by", "AUROC", f"precision at {count}", "average precision"):
         table.add_column(heading, justify="left" if heading == "ranked by" else "right")
     for one in run.detections:
-        figures = (f"{value:.3f}" for value in (one.auroc, one.precision, one.average_precision))
+        figures = f"{one.auroc:.4f}", f"{one.precision:.3f}", f"{one.average_precision:.3f}"
         table.add_row(one.name, *figures, style="bold" if one is run.detections[0] else None)
     return table
 
