@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from upweight.demo.data import ImageSet
+from upweight.demo.proof import Removal
 from upweight.demo.results import DemoRun
 from upweight.scores import Ranking
 
@@ -137,10 +138,11 @@ def _detections(run: DemoRun) -> Table:
 
 def _removals(run: DemoRun) -> Table:
     first = run.removals[0].proponents
+    seeds = len(first.measured)
+    over = f", mean and standard deviation over {seeds} seeds," if seeds > 1 else ""
     table = _table(
         "Proof 2: does retraining do what was predicted?",
-        f"Change of the test image's loss in nats, mean and standard deviation over {len(first.measured)} "
-        f"seeds, when {len(first.removed)} training images are left out.",
+        f"Change of the test image's loss in nats{over} when {len(first.removed)} training images are left out.",
     )
     columns = ("without its top proponents", "predicted", "without random images", "predicted")
     for heading in ("test image", "is", *columns):
@@ -150,9 +152,9 @@ def _removals(run: DemoRun) -> Table:
         table.add_row(
             escape(str(run.images.test.ids[position])),
             _name(run, int(run.images.test.labels[position])),
-            f"{pair.proponents.mean:+.2f} ± {pair.proponents.spread:.2f}",
+            _measured(pair.proponents),
             f"{pair.proponents.predicted:+.2f}",
-            f"{pair.control.mean:+.2f} ± {pair.control.spread:.2f}",
+            _measured(pair.control),
             f"{pair.control.predicted:+.2f}",
         )
     together = run.agreement
@@ -166,6 +168,11 @@ def _removals(run: DemoRun) -> Table:
         table.add_section()
         table.add_row("mean", "", *(f"{value:+.2f}" for value in means), style="bold")
     return table
+
+
+def _measured(removal: Removal) -> str:
+    mean = f"{removal.mean:+.2f}"
+    return f"{mean} ± {removal.spread:.2f}" if len(removal.measured) > 1 else mean
 
 
 def _name(run: DemoRun, label: int) -> str:
