@@ -4,9 +4,10 @@ In the eigenbasis of the curvature a score is a plain inner product of *whitened
 
     scores[q, i] = (1/n) sum_j  (v_qj / sqrt(Lambda_j + damping)) (g_ij / sqrt(Lambda_j + damping)),
 
-and a coordinate carries a share of about ``(Lambda_j / (Lambda_j + damping))^2`` of it. Spectra are heavy-tailed, so some
-of the coordinates carry nearly all. The index keeps as many as a probe of real gradients asks for, as int8 with one scale
-per block of 256 coordinates of similar size or as bfloat16, whichever takes fewer bytes, and says what error that makes.
+and a coordinate carries a share of about ``(Lambda_j / (Lambda_j + damping))^2`` of it. Spectra are heavy-tailed, so
+some of the coordinates carry nearly all. The index keeps as many as a probe of real gradients asks for, as int8 with
+one scale per block of 256 coordinates of similar size or as bfloat16, whichever takes fewer bytes, and says what
+error that makes.
 """
 
 from __future__ import annotations
@@ -180,8 +181,8 @@ def choose_coordinates(inverse: Inverse, probe: Gradients, tolerance: float) -> 
     """The fewest most important coordinates whose scores of the probe are within `tolerance` of all coordinates'.
 
     Returns:
-        Their positions, most important first, padded with -1 to whole blocks; and how well they do: their ``share``, what
-        they are ``stored_as``, ``relative_error`` (Frobenius) and mean per-query ``spearman``, rounding included.
+        Their positions, most important first, padded with -1 to whole blocks; and how well they do: their ``share``,
+        what they are ``stored_as``, ``relative_error`` (Frobenius) and mean per-query ``spearman``, rounding included.
     """
     whitened = whiten(inverse, probe)
     stride = max(1, len(whitened) // PROBE_QUERIES)
