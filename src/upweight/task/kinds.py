@@ -98,7 +98,8 @@ class BinaryClassification(OutputTask):
 
     Args:
         measurement: ``"loss"`` in nats, ``"margin"`` or ``"logit"`` (the logit, signed by the true class), or a
-        function. higher_is_better: only for a function: whether a higher value is better.
+            function.
+        higher_is_better: only for a function: whether a higher value is better.
         unit: only for a function: its unit in words.
 
     Example:
@@ -193,7 +194,7 @@ class Regression(OutputTask):
         return self.scale * (outputs - targets).flatten(1).square().sum(1)
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if outputs.numel() != targets.numel() or len(outputs) != len(targets):
+        if len(outputs) != len(targets) or _wide_axes(outputs) != _wide_axes(targets):
             raise UpweightError(
                 f"outputs have shape {tuple(outputs.shape)} but targets {tuple(targets.shape)}, expected one shape -> "
                 "reshape the targets (a silent broadcast would change the loss)"
@@ -212,6 +213,11 @@ class Regression(OutputTask):
         noise = noise.reshape(len(outputs), draws, width)
         # Variance 1/(2 scale) makes the loss a negative log-likelihood, whose Fisher is the Gauss-Newton matrix.
         return outputs[:, None] + noise / math.sqrt(2 * self.scale)
+
+
+def _wide_axes(tensor: Tensor) -> list[int]:
+    """An example's axes but those of size 1: [batch, 1] and [batch] are the same numbers, [2, 3] and [3, 2] are not."""
+    return [size for size in tensor.shape[1:] if size != 1]
 
 
 def _class_logit(outputs: Tensor, targets: Tensor) -> Tensor:
