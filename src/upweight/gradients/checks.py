@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from upweight.data import tensors_in
 from upweight.errors import UpweightError
+from upweight.gradients.operations import Layout
+from upweight.gradients.tap import Use
 
 
 def check_per_example(losses: Tensor, batch: int) -> None:
@@ -46,9 +48,17 @@ def check_alone(alone: Tensor, among: Tensor, example: Any, what: str = "loss") 
         )
 
 
-def check_uncoupled(own: Tensor, others: Tensor, example: Any, layer: str) -> None:
-    """Raise if one example's loss has a gradient in the outputs that a layer gives for other examples."""
-    if float(others.norm()) > 1e-5 * float(own.norm()):
+def check_uncoupled(delta: Tensor, batch: int, example: Any, layer: str) -> None:
+    """Raise if one example's loss has a gradient in more of a layer's outputs than are that example's.
+
+    Args:
+        delta: the gradient of its loss in the outputs, examples (alone or merged with positions) along the first axis.
+        batch: examples in the batch.
+        example: its id.
+        layer: the layer's name.
+    """
+    rows = delta.flatten(1).norm(dim=1)
+    if int((rows > 1e-5 * rows.max()).sum()) * batch > len(rows):
         raise UpweightError(
             f"the loss of example {example} depends on what {layer} computes for other examples of its batch, so its "
             "gradient is undefined -> take out what couples them (statistics over the batch, contrastive losses)"
@@ -65,6 +75,24 @@ def check_finite(losses: Tensor, ids: Sequence[Any], batch: Any) -> None:
         f"the loss of example {ids[position]} is {float(losses[position, 0])}: {_blame(batch, position)} "
         f"({int(bad.sum())} such in this batch) -> clean or drop the example"
     )
+
+
+def check_factors(
+    uses: Sequence[Use],
+    deltas: Sequence[Tensor | None],
+    layouts: Sequence[Layout],
+    ids: Sequence[Any],
+    batch: Any,
+    inputs: bool = True,
+) -> None:
+    """Raise with layer and example if an output gradient (or input) is not finite though the losses are."""
+    for use, delta, layout in zip(uses, deltas, layouts, strict=True):
+        factors = [delta] if delta is not None else []
+        if inputs and delta is not None and use.x is not None and use.x.is_floating_point():
+            factors.append(use.x)
+        for factor in factors:
+            if not is_finite(factor):
+                refuse_factors(layout.batch_first(factor, len(ids)), ids, batch, use.name)
 
 
 def refuse_factors(factors: Tensor, ids: Sequence[Any], batch: Any, layer: str) -> NoReturn:
@@ -123,6 +151,25 @@ def constant_buffers(model: nn.Module) -> Iterator[None]:
         )
 
 
+_REENTRANT = (
+    "the model uses reentrant activation checkpointing, which hides its inner layers from autograd.grad -> pass "
+    "use_reentrant=False to torch.utils.checkpoint"
+)
+
+
+def refuse_reentrant(losses: Tensor) -> None:
+    """Raise if the graph holds a reentrant checkpoint: the gradients of its parameters would be missing, not wrong."""
+    seen, stack = set(), [losses.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise UpweightError(_REENTRANT)
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """Turn autograd's refusals that have a known way out into errors that name it."""
@@ -130,10 +177,7 @@ def explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if "checkpoint" in str(error).lower():
-            raise UpweightError(
-                "the model uses reentrant activation checkpointing, which autograd cannot differentiate to its inner "
-                "layers -> pass use_reentrant=False to torch.utils.checkpoint"
-            ) from error
+            raise UpweightError(_REENTRANT) from error
         if "inplace operation" in str(error):
             raise UpweightError(
                 "a tensor that the backward pass needs was changed in place in the forward pass, expected it untouched "

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upweight.errors import UpweightError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -34,7 +36,10 @@ class Layout:
         """The tensor as [batch, k, ...], k positions per example along the examples' axis."""
         moved = tensor.movedim(self.dim, 0)
         if len(moved) % batch:
-            raise ValueError(f"axis {self.dim} of size {len(moved)} is no multiple of the batch size {batch}")
+            raise UpweightError(
+                f"axis {self.dim} of a layer's output has size {len(moved)}, expected a multiple of {batch} examples "
+                "as in the probe batch -> let the measurement call the model as the loss does"
+            )
         k = len(moved) // batch
         if self.position_major:
             return moved.reshape(k, batch, *moved.shape[1:]).transpose(0, 1)

@@ -35,7 +35,7 @@ class Coverage:
 
 
 def pick_probe(
-    model: nn.Module, task: Task, examples: Examples, move: Callable[[Any], Any]
+    model: nn.Module, task: Task, examples: Examples, names: Mapping[int, str], move: Callable[[Any], Any]
 ) -> tuple[tuple[int, int], tuple[int, ...] | None]:
     """Positions of the two probe examples, and the shape of one example's output (see `Task.output_shape`).
 
@@ -43,6 +43,7 @@ def pick_probe(
         model: the model.
         task: the task.
         examples: training examples.
+        names: {id of a parameter: its name}, for errors.
         move: brings a batch to the model's device and precision.
     """
     shape: tuple[int, ...] | None = None
@@ -52,7 +53,10 @@ def pick_probe(
         pair = [start, min(start + 1, candidates - 1)]
         ids = [examples.ids[p] for p in pair]
         batch = move(examples.take(pair))
-        with torch.no_grad(), Tap({}):  # a tap refuses dropout and batch statistics before they do anything
+        with (
+            torch.no_grad(),
+            Tap(names),
+        ):  # a tap refuses dropout and batch statistics before they do anything
             if start == 0:
                 shape = task.output_shape(model, batch)
             task.check_targets(batch, ids, shape)

@@ -38,7 +38,13 @@ def select_parameters(model: nn.Module, which: ParameterFilter = None) -> dict[s
     elif callable(which) and not isinstance(which, re.Pattern):
         chosen = {name: p for name, p in trainable.items() if which(name)}
     else:
-        pattern = re.compile(which)
+        try:
+            pattern = re.compile(which)
+        except re.error as error:
+            raise UpweightError(
+                f"parameters={which!r} is no regular expression ({error}) -> escape it with re.escape, or "
+                "pass a function"
+            ) from error
         chosen = {name: p for name, p in trainable.items() if pattern.search(name)}
     if not chosen:
         some = ", ".join(list(trainable)[:4])
@@ -60,10 +66,9 @@ def select_parameters(model: nn.Module, which: ParameterFilter = None) -> dict[s
 
 def check_model(model: nn.Module) -> None:
     """Raise if a module is in train mode whose output then depends on the batch or on chance, naming the modules."""
-    random = (nn.modules.dropout._DropoutNd,)
     batchwise = (nn.modules.batchnorm._BatchNorm,)
     norms = [n for n, m in model.named_modules() if isinstance(m, batchwise) and m.training]
-    drops = [n for n, m in model.named_modules() if isinstance(m, random) and m.training and m.p > 0]
+    drops = [n for n, m in model.named_modules() if m.training and _drops(m)]
     if norms:
         raise UpweightError(
             f"BatchNorm is in train mode ({_some(norms)}): one example's gradient would depend on the rest of its "
@@ -74,6 +79,14 @@ def check_model(model: nn.Module) -> None:
             f"dropout is in train mode ({_some(drops)}): every gradient would be of another random network -> call "
             "model.eval() first"
         )
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.RNNBase):
+        return module.dropout > 0 and module.num_layers > 1
+    return isinstance(module, nn.MultiheadAttention) and module.dropout > 0
 
 
 def _some(names: list[str]) -> str:

@@ -26,6 +26,7 @@ from upweight.gradients.checks import (
     Agreement,
     autograd,
     check_alone,
+    check_factors,
     check_finite,
     check_per_example,
     check_uncoupled,
@@ -33,6 +34,7 @@ from upweight.gradients.checks import (
     explained,
     is_finite,
     refuse_factors,
+    refuse_reentrant,
 )
 from upweight.gradients.fallback import Scalars, looped, vmapped
 from upweight.gradients.gradients import Gradients
@@ -163,18 +165,13 @@ class Tracker:
         self._check_dependent(losses)
         self._check_known(tap.strangers)
         layouts = self._layouts(tap.uses)
-        for use, layout in zip(tap.uses, layouts, strict=True):
-            if use.x is not None and use.x.is_floating_point() and not is_finite(use.x):
-                refuse_factors(layout.batch_first(use.x, len(ids)), ids, batch, use.name)
         fallback = self._fallback_blocks(batch, losses, drawn, scalars, reproducible or drawn is not None)
         out = []
         columns = losses.shape[1]
         verify = what not in self._verified
         for c in range(columns):
             deltas = self._backward(losses[:, c], tap.uses, retain=verify or c + 1 < columns)
-            for use, delta, layout in zip(tap.uses, deltas, layouts, strict=True):
-                if delta is not None and not is_finite(delta):
-                    refuse_factors(layout.batch_first(delta, len(ids)), ids, batch, use.name)
+            check_factors(tap.uses, deltas, layouts, ids, batch, inputs=c == 0)
             for name, values in fallback[c].items():
                 if not is_finite(values):
                     refuse_factors(values, ids, batch, name)
@@ -248,7 +245,9 @@ class Tracker:
     @torch.enable_grad()
     def _trace(self, examples: Examples) -> None:
         with self._quietly():
-            (first, second), self.output_shape = pick_probe(self.model, self.task, examples, self.move)
+            (first, second), self.output_shape = pick_probe(
+                self.model, self.task, examples, self._names, self.move
+            )
         three, two = [first, second, second], [first, second]
         ids = [examples.ids[p] for p in three]
         larger, smaller = self.move(examples.take(three)), self.move(examples.take(two))
@@ -262,11 +261,14 @@ class Tracker:
             for other in (losses, again):
                 check_alone(alone[0, 0], other[row, 0], ids[row])
         self._check_dependent(losses)
+        refuse_reentrant(losses)
         oracle = [autograd(losses[p, 0], self.parameters) for p in (0, 1)]
         self._layout_of, lost = compare_layouts(tap.uses, small.uses)
         self.layers = find_layers(tap.uses, {**tap.strangers, **small.strangers, **lost}, self.parameters)
+        placed = [use for use in tap.uses if use.weight not in lost and use.bias not in lost]
+        for row in (0, 1):
+            self._check_coupling(placed, losses[:, 0], row, ids, larger)
         self._verify(tap, losses, [self._agreement(grads) for grads in oracle], larger)
-        self._check_coupling(tap.uses, losses, ids[0])
         hows = {name: layer.how for name, layer in self.layers.items()}
         self.coverage = measure_coverage(self.model, self.parameters, losses, oracle, hows)
 
@@ -289,14 +291,16 @@ class Tracker:
             if not all(agreement.holds(name, block[p]) for p, agreement in enumerate(oracle)):
                 self._vectorises = False
 
-    def _check_coupling(self, uses: Sequence[Use], losses: Tensor, example: Any) -> None:
-        """One example's loss must have no gradient in what a layer computes for the others."""
-        exact = {p for layer in self.layers.values() if not _is_fallback(layer) for p in layer.parameters}
-        deltas = self._backward(losses[:1, 0], uses, retain=True)
-        for use, delta, layout in zip(uses, deltas, self._layouts(uses), strict=True):
-            if delta is not None and (use.weight in exact or use.bias in exact):
-                rows = layout.batch_first(delta, len(losses))
-                check_uncoupled(rows[0], rows[1:], example, use.name)
+    def _check_coupling(
+        self, uses: Sequence[Use], losses: Tensor, row: int, ids: Sequence[Any], batch: Any
+    ) -> None:
+        """One example's loss must have a finite gradient, and none in what a layer computes for the others."""
+        deltas = self._backward(losses[row : row + 1], uses, retain=True)
+        layouts = self._layouts(uses)
+        check_factors(uses, deltas, layouts, ids, batch)
+        for use, delta, layout in zip(uses, deltas, layouts, strict=True):
+            if delta is not None:
+                check_uncoupled(delta.movedim(layout.dim, 0), len(losses), ids[row], use.name)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
