@@ -202,7 +202,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
             tuple(value.shape),
         )
         seen[f"requires_grad {name}"] = value.requires_grad
-        seen[f"grad {name}"] = value.grad
+        seen[f"grad {name}"] = None if value.grad is None else (id(value.grad), value.grad.tolist())
         seen[f"tensor hooks {name}"] = str(value._backward_hooks)
     for name, module in model.named_modules():
         seen[f"module {name}"] = (id(module), type(module))
