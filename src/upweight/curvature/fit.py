@@ -1,8 +1,8 @@
 """Fit a curvature to the Fisher of a model over its training data.
 
 The data comes as a *Fisher source*: an iterable over batches that yields, for each, one `Gradients` per column s_c (see
-`Task.pseudo_losses`); the columns of one batch share their inputs. Sums over examples are accumulated in float64, so
-that results do not depend on how the data was cut into batches.
+`Task.pseudo_losses`); the columns of one batch share their inputs. Results do not depend on how the data was cut into
+batches (see `upweight.curvature.sums`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from upweight.curvature.operators import (
     rotate_factors_first,
     rotated_gradients,
 )
+from upweight.curvature.sums import Moments, Sum
 from upweight.errors import UpweightError
 from upweight.gradients.blocks import Eigenbasis, Factored
 from upweight.gradients.contraction import tiles
@@ -89,45 +90,6 @@ def _accumulator(kind: str, layer: Layer) -> _Factors | _Square | _Outer:
     return _Outer()
 
 
-class _Sum:
-    """A running sum of matrix products: a few are gathered in the factors' precision, then added up in float64."""
-
-    GATHER = 16
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self._partial: Tensor | None = None
-        self._gathered = 0
-
-    def add_product(self, left: Tensor, right: Tensor) -> None:
-        """Add ``left^T right`` of [group, example, .] factors, in place where possible."""
-        if self._partial is None:
-            self._partial = left.mT @ right
-        else:
-            self._partial.baddbmm_(left.mT, right)
-        self._gathered += 1
-        if self._gathered == self.GATHER:
-            self._flush()
-
-    def add(self, part: Tensor) -> None:
-        """Add a tensor."""
-        self._partial = part if self._partial is None else self._partial.add_(part)
-        self._gathered += 1
-        if self._gathered == self.GATHER:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._partial is not None:
-            part = self._partial.double()
-            self.total = part if self.total is None else self.total.add_(part)
-        self._partial, self._gathered = None, 0
-
-    def value(self) -> Tensor | None:
-        """The sum so far, float64."""
-        self._flush()
-        return self.total
-
-
 class _Factors:
     """K-FAC's factors: ``A = mean over positions of a a^T`` and ``B = (1/n) sum over examples and positions of d d^T``.
 
@@ -136,7 +98,8 @@ class _Factors:
     """
 
     def __init__(self) -> None:
-        self.rows, self.cols, self.edge = _Sum(), _Sum(), _Sum()
+        self.rows: Moments | None = None
+        self.cols: Moments | None = None
         self.positions = 0
         self.ones = False
 
@@ -144,36 +107,32 @@ class _Factors:
         first = columns[0]
         if not isinstance(first, Factored):  # the objective does not reach this layer: its gradients are zero
             return
-        if len(columns) > 1 and _swapped(first):
-            for column in columns:
-                self.add([column], where)
-            return
-        self.ones = first.ones
+        # Output gradients along the columns are each Fisher column's own; inputs are the same for all.
+        own = len(columns) if _swapped(first) else 1
+        if self.rows is None or self.cols is None:
+            self.rows, self.cols, self.ones = Moments(len(columns)), Moments(own), first.ones
         for part in tiles(first):
-            tile = first[part]
-            inputs = tile.inputs()  # [group, batch, position, C]
-            real = tile.real()
-            if real is not None:  # padding has no gradient, but it does have inputs
-                inputs = inputs * real[None, :, :, None]
-            self.positions += len(tile) * tile.positions if real is None else int(real.sum())
-            inputs = inputs.flatten(1, 2)
-            self.cols.add_product(inputs, inputs)
-            _check_finite(sums := inputs.sum(1), where)
-            if self.ones:  # the constant input's row of A: the sums of the others, and the count
-                self.edge.add(sums)
-            for column in columns:
-                left = column[part].left()
-                left = (left if real is None else left * real[None, :, :, None]).flatten(1, 2)
+            for c, column in enumerate(columns):
+                tile = column[part]
+                real = tile.real()
+                left = _flat(tile.left(), real)
                 _check_finite(left.sum(1), where)
-                self.rows.add_product(left, left)
+                self.rows.add(left, c)
+                if c >= own:
+                    continue
+                inputs = _flat(tile.inputs(), real)
+                _check_finite(inputs.sum(1), where)
+                self.cols.add(inputs, c)
+                self.positions += len(tile) * tile.positions if real is None else int(real.sum())
 
     def finish(self, n: int, where: str, dtype: torch.dtype) -> LayerCurvature:
-        rows, cols = self.rows.value(), self.cols.value()
-        if rows is None or cols is None:
+        if self.rows is None or self.cols is None:
             raise UpweightError(
                 f"{where} got no gradient from any training example -> leave it out with parameters="
             )
-        if self.ones and (edge := self.edge.value()) is not None:
+        rows, cols, edge = self.rows.second(), self.cols.second(), self.cols.first()
+        assert rows is not None and cols is not None and edge is not None
+        if self.ones:  # the constant input's row and column of A: the sums of the others, and the count
             count = torch.full_like(edge[:, :1], self.positions)
             last = torch.cat([edge, count], 1)[:, None]  # [group, 1, C + 1]
             cols = torch.cat([torch.cat([cols, edge[:, :, None]], 2), last], 1)
@@ -182,11 +141,16 @@ class _Factors:
         return Kronecker(Eigenbasis(q_b, q_a), beta[:, :, None] * alpha[:, None, :])
 
 
+def _flat(factor: Tensor, real: Tensor | None) -> Tensor:
+    """[group, batch, position, k] as rows; padding has no gradient, but it does have inputs, which are put to zero."""
+    return (factor if real is None else factor * real[None, :, :, None]).flatten(1, 2)
+
+
 class _Square:
     """``diag(F) = (1/n) sum of squared gradients``."""
 
     def __init__(self) -> None:
-        self.sum = _Sum()
+        self.sum = Sum()
 
     def add(self, columns: Sequence[Any], where: str) -> None:
         for block in columns:
@@ -205,16 +169,17 @@ class _Outer:
     """``F = (1/n) sum of g g^T``, for a layer with few parameters."""
 
     def __init__(self) -> None:
-        self.sum = _Sum()
+        self.moments: Moments | None = None
 
     def add(self, columns: Sequence[Any], where: str) -> None:
-        for block in columns:
+        self.moments = self.moments or Moments(len(columns))
+        for c, block in enumerate(columns):
             dense = block.dense()
             _check_finite(dense.sum(0), where)
-            self.sum.add_product(dense[None], dense[None])
+            self.moments.add(dense[None], c)
 
     def finish(self, n: int, where: str, dtype: torch.dtype) -> LayerCurvature:
-        total = self.sum.value()
+        total = self.moments.second() if self.moments is not None else None
         assert total is not None
         values, vectors = eigh(total[0] / n, f"the Fisher block of {where}", dtype)
         return Full(values, vectors)
@@ -225,7 +190,7 @@ def _correct_eigenvalues(
 ) -> dict[str, LayerCurvature]:
     """EK-FAC: ``Lambda = (1/n) sum of (Q_B^T G Q_A)^2``, the Fisher's diagonal in K-FAC's eigenbasis."""
     kronecker = {name: layer for name, layer in fitted.items() if isinstance(layer, Kronecker)}
-    moments = {name: _Sum() for name in kronecker}
+    moments = {name: Sum() for name in kronecker}
     for _, columns in source:
         for name, layer in kronecker.items():
             _add_second_moments(moments[name], layer.basis, [column[name] for column in columns])
@@ -238,7 +203,7 @@ def _correct_eigenvalues(
     return out
 
 
-def _add_second_moments(moments: _Sum, basis: Eigenbasis, blocks: Sequence[Any]) -> None:
+def _add_second_moments(moments: Sum, basis: Eigenbasis, blocks: Sequence[Any]) -> None:
     """Add squared rotated gradients [group, R, C]; the columns of a batch share their rotated inputs."""
     first = blocks[0]
     if len(blocks) > 1 and _swapped(first):

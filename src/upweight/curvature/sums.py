@@ -1,0 +1,106 @@
+"""Running sums over the training data that come out the same however the data is cut into batches.
+
+Curvature is inverted: what is added to an eigenvalue far below the largest one by rounding is magnified by the inverse,
+and nearly equal eigenvalues change places. So the second moments of factors are summed over blocks of a fixed number of
+rows, counted from the first example on, whatever batches they arrive in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_ROWS = 512
+"""Rows of one matrix product."""
+GATHER = 8
+"""Products that are added up in the factors' precision before they go to float64."""
+
+
+class Sum:
+    """A running sum of tensors: `gather` of them are added up in their own precision, then in float64."""
+
+    def __init__(self, gather: int = GATHER) -> None:
+        self.gather = gather
+        self.total: Tensor | None = None
+        self._partial: Tensor | None = None
+        self._gathered = 0
+
+    def add(self, part: Tensor) -> None:
+        """Add a tensor."""
+        self._partial = part if self._partial is None else self._partial.add_(part)
+        self._count()
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add ``left^T right`` of [group, row, .] factors."""
+        if self._partial is None:
+            self._partial = left.mT @ right
+        else:
+            self._partial.baddbmm_(left.mT, right)
+        self._count()
+
+    def value(self) -> Tensor | None:
+        """The sum so far, float64; None before anything was added."""
+        self._flush()
+        return self.total
+
+    def _count(self) -> None:
+        self._gathered += 1
+        if self._gathered == self.gather:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._partial is not None:
+            part = self._partial.double()
+            self.total = part if self.total is None else self.total.add_(part)
+        self._partial, self._gathered = None, 0
+
+
+class Moments:
+    """``sum of r r^T`` and ``sum of r`` over rows r, given as [group, row, k] factors, many at a time.
+
+    Args:
+        streams: how many sequences of rows arrive side by side (a Fisher column each); blocks are cut in each alone.
+    """
+
+    def __init__(self, streams: int = 1) -> None:
+        gather = GATHER if streams == 1 else 1  # side by side, their order depends on the batches
+        self._second, self._first = Sum(gather), Sum(gather)
+        self._waiting: list[list[Tensor]] = [[] for _ in range(streams)]
+
+    def add(self, rows: Tensor, stream: int = 0) -> None:
+        """Add rows; those that do not fill a block wait for the next ones."""
+        waiting = self._waiting[stream]
+        start, stop = 0, rows.shape[1]
+        if waiting:
+            start = min(BLOCK_ROWS - sum(part.shape[1] for part in waiting), stop)
+            waiting.append(rows[:, :start].clone())
+            if start < stop:
+                self._release(waiting)
+        while stop - start > BLOCK_ROWS:
+            self._block(rows[:, start : start + BLOCK_ROWS])
+            start += BLOCK_ROWS
+        if start < stop:
+            waiting.append(rows[:, start:].clone())  # a view would keep the whole batch alive
+
+    def second(self) -> Tensor | None:
+        """``sum of r r^T`` [group, k, k], float64; None before anything was added."""
+        self._release_all()
+        return self._second.value()
+
+    def first(self) -> Tensor | None:
+        """``sum of r`` [group, k], float64; None before anything was added."""
+        self._release_all()
+        return self._first.value()
+
+    def _release_all(self) -> None:
+        for waiting in self._waiting:
+            self._release(waiting)
+
+    def _release(self, waiting: list[Tensor]) -> None:
+        if waiting:
+            self._block(torch.cat(waiting, 1) if len(waiting) > 1 else waiting[0])
+            waiting.clear()
+
+    def _block(self, rows: Tensor) -> None:
+        self._second.add_product(rows, rows)
+        self._first.add(rows.sum(1))
