@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,11 @@ def vmapped(
 
     moving = {f"model.{name}": p.detach() for name, p in parameters.items()}
     per_example = torch.func.vmap(torch.func.jacrev(of_example), (None, 0, None if drawn is None else 0))
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):  # of operations that torch.func runs one example at a time
+        warnings.simplefilter("ignore")
         jacobians = per_example(moving, leaves, drawn)
     return {name: jacobians[f"model.{name}"].transpose(0, 1).flatten(2).detach() for name in parameters}
 

@@ -116,6 +116,8 @@ class Tap(TorchFunctionMode):
             if any(t.requires_grad for t in _flat((output,), {})):
                 self._strangers(touched, func)
             return output
+        if any(output is parameter for parameter in touched.values()):
+            return output  # nothing was done: a cast to its own dtype, contiguous()
         if not output.requires_grad:
             return output  # a shape, a detached copy, or a region without gradients
         if call is None:
