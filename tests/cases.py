@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, Literal
 
 import oracles
@@ -173,12 +172,3 @@ def registry() -> tuple[
         return register
 
     return cases, case
-
-
-def all_cases() -> list[Case]:
-    """Every case of every family."""
-    families = ("basic", "parameters", "norms", "convolution", "sequence", "attention", "sharing")
-    cases = [case for family in families for case in import_module(f"cases_{family}").CASES]
-    names = [case.name for case in cases]
-    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
-    return cases

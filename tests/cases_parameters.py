@@ -130,6 +130,15 @@ def addmm_as_in_gpt2():
     return Net(forward, weight=parameter(4, 6), bias=parameter(6), b=nn.Linear(6, CLASSES))
 
 
+@case(FEATURES, how={"a": "factors", "scale": "affine"})
+def casts_that_do_nothing():
+    def forward(m, x):
+        weight = m.a.weight.to(x.dtype).contiguous()
+        return torch.nn.functional.linear(x, weight, m.a.bias.to(x.device)) * m.scale.type_as(x)
+
+    return Net(forward, a=nn.Linear(4, CLASSES), scale=parameter(CLASSES))
+
+
 @case(FEATURES, fallback=("W",))
 def einsum():
     return Net(lambda m, x: torch.einsum("bi,oi->bo", x, m.W), W=parameter(CLASSES, 4))

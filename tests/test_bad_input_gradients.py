@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CLASSES, Net, frozen, parameter
+from cases_all import by_parameter
 from cases_basic import mlp
-from test_gradients import by_parameter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_gradients import EXACT, N, each, track
+from cases_all import EXACT, N, each, track
 from torch import Tensor
 
 from upweight.data import map_tensors

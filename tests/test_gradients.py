@@ -1,12 +1,12 @@
 """Per-example gradients equal autograd, one example at a time, for every case; and the Fisher equals its definition."""
 
 import math
-from functools import cache
 
 import oracles
 import pytest
 import torch
-from cases import CLASSES, Case, all_cases, normal
+from cases import CLASSES, Case, normal
+from cases_all import CASES, EXACT, WITH_OUTPUTS, N, by_parameter, each, named, track
 from cases_basic import mlp
 from torch import Tensor, nn
 
@@ -14,41 +14,8 @@ from upweight.data import Examples, map_tensors
 from upweight.gradients import Gradients, Tracker
 from upweight.task import FisherKind
 
-N = 5
-CASES = all_cases()
-EXACT = [case for case in CASES if case.autocast is None]
-WITH_OUTPUTS = [case for case in EXACT if case.kind != "functions"]
 TOLERANCE = {torch.float64: (1e-10, 1e-4), torch.float32: (1e-5, 1e-2)}
 """{dtype: (relative error of a parameter's gradient, the floor of what it is relative to)}; see oracles.worst_error."""
-
-
-def each(cases: list[Case]):
-    """Parametrise over cases, by name."""
-    parameters = []
-    for case in cases:
-        marks = [pytest.mark.filterwarnings(f"ignore:{case.warning}")] if case.warning else []
-        parameters.append(pytest.param(case, id=case.name, marks=marks))
-    return pytest.mark.parametrize("case", parameters)
-
-
-def named(*names: str):
-    found = [case for case in CASES if case.name in names]
-    assert len(found) == len(names)
-    return each(found)
-
-
-@cache
-def track(case: Case, dtype: torch.dtype = torch.float64, measurement: str = "loss"):
-    model, batch = case.build(dtype), case.batch(N, dtype)
-    tracker = Tracker(model, case.task(measurement), Examples(batch), case.parameters, case.autocast)
-    return model, batch, tracker
-
-
-def by_parameter(tracker: Tracker, gradients: Gradients) -> dict[str, Tensor]:
-    found = {}
-    for name, layer in tracker.layers.items():
-        found.update(layer.to_parameters(gradients[name].dense()))
-    return {name: found[name] for name in tracker.parameters}
 
 
 def in_order(tracker: Tracker, gradients: Gradients) -> Tensor:
@@ -183,10 +150,22 @@ def test_parameters_may_be_named_by_regex_or_function(which):
 # Measurements of queries
 
 
-@pytest.mark.parametrize("which", [-1, -2], ids=["last measurement", "last but one"])
 @each(WITH_OUTPUTS)
-def test_query_gradients_are_of_the_oriented_measurement(case, which):
-    measurement = list(oracles.MEASURE[case.kind])[which]
+def test_query_gradients_are_of_the_oriented_measurement(case):
+    check_measurement(
+        case, {"classification": "margin", "binary": "logit", "regression": "prediction"}[case.kind]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "measurement"),
+    [("mlp", "logit"), ("mlp logistic", "margin"), ("mlp regression", "loss"), ("lstm", "logit")],
+)
+def test_query_gradients_of_the_other_measurements(name, measurement):
+    check_measurement(next(case for case in CASES if case.name == name), measurement)
+
+
+def check_measurement(case: Case, measurement: str) -> None:
     model, batch, tracker = track(case, measurement=measurement)
     function = oracles.of_outputs(oracles.MEASURE[case.kind][measurement])
     sign = -1 if oracles.HIGHER_IS_BETTER[measurement] else 1

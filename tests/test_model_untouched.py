@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, Net, normal
+from cases_all import EXACT, N, each
 from cases_basic import mlp
-from test_gradients import EXACT, N, each
 from torch import nn
 
 from upweight.data import Examples
