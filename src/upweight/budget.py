@@ -10,7 +10,7 @@ from upweight.errors import UpweightError
 
 AUTO_SHARE = 0.5
 """``memory="auto"`` is this share of the memory that is free."""
-BATCH_BYTES = 192 << 20
+BATCH_BYTES = 256 << 20
 """Working memory of one batch: larger batches gain no speed, and smaller ones stay in the processor's caches."""
 WORKING_COPIES = 3
 """A batch needs about this many times the bytes of its factors: activations, their gradients and windows."""

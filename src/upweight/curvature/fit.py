@@ -101,7 +101,6 @@ class _Factors:
         self.rows: Moments | None = None
         self.cols: Moments | None = None
         self.positions = 0
-        self.ones = False
 
     def add(self, columns: Sequence[Any], where: str) -> None:
         first = columns[0]
@@ -110,19 +109,15 @@ class _Factors:
         # Output gradients along the columns are each Fisher column's own; inputs are the same for all.
         own = len(columns) if _swapped(first) else 1
         if self.rows is None or self.cols is None:
-            self.rows, self.cols, self.ones = Moments(len(columns)), Moments(own), first.ones
+            self.rows, self.cols = Moments(len(columns)), Moments(own, means=first.ones)
         for part in tiles(first):
             for c, column in enumerate(columns):
                 tile = column[part]
                 real = tile.real()
-                left = _flat(tile.left(), real)
-                _check_finite(left.sum(1), where)
-                self.rows.add(left, c)
+                self.rows.add(_flat(tile.left(), real), c)
                 if c >= own:
                     continue
-                inputs = _flat(tile.inputs(), real)
-                _check_finite(inputs.sum(1), where)
-                self.cols.add(inputs, c)
+                self.cols.add(_flat(tile.inputs(), real), c)
                 self.positions += len(tile) * tile.positions if real is None else int(real.sum())
 
     def finish(self, n: int, where: str, dtype: torch.dtype) -> LayerCurvature:
@@ -131,8 +126,8 @@ class _Factors:
                 f"{where} got no gradient from any training example -> leave it out with parameters="
             )
         rows, cols, edge = self.rows.second(), self.cols.second(), self.cols.first()
-        assert rows is not None and cols is not None and edge is not None
-        if self.ones:  # the constant input's row and column of A: the sums of the others, and the count
+        assert rows is not None and cols is not None
+        if edge is not None:  # the constant input's row and column of A: the sums of the others, and the count
             count = torch.full_like(edge[:, :1], self.positions)
             last = torch.cat([edge, count], 1)[:, None]  # [group, 1, C + 1]
             cols = torch.cat([torch.cat([cols, edge[:, :, None]], 2), last], 1)

@@ -10,8 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 512
-"""Rows of one matrix product."""
+BLOCK_NUMBERS = 1 << 20
+"""Numbers in one block: enough for a matrix product at full speed, few enough to wait for the next batch."""
+FEWEST_ROWS = 512
+"""Rows of a block at least."""
+SYMMETRIC_FROM = 256
+"""Products ``r^T r`` at least this wide are formed by their upper half."""
 GATHER = 8
 """Products that are added up in the factors' precision before they go to float64."""
 
@@ -38,10 +42,30 @@ class Sum:
             self._partial.baddbmm_(left.mT, right)
         self._count()
 
+    def add_gram(self, rows: Tensor) -> None:
+        """Add ``r^T r`` of rows [group, row, k]: only the upper blocks of a wide one, which `symmetric` completes."""
+        width = rows.shape[-1]
+        if width < SYMMETRIC_FROM:
+            self.add_product(rows, rows)
+            return
+        if self._partial is None:
+            self._partial = rows.new_zeros(rows.shape[0], width, width)
+        for start, stop in _bands(width):
+            left, right = rows[..., start:stop], rows[..., start:]
+            self._partial[:, start:stop, start:].baddbmm_(left.mT, right)
+        self._count()
+
     def value(self) -> Tensor | None:
         """The sum so far, float64; None before anything was added."""
         self._flush()
         return self.total
+
+    def symmetric(self) -> Tensor | None:
+        """The sum of `add_gram`'s products, both halves; None before anything was added."""
+        total = self.value()
+        if total is None or total.shape[-1] < SYMMETRIC_FROM:
+            return total
+        return total.triu() + total.triu(1).mT
 
     def _count(self) -> None:
         self._gathered += 1
@@ -55,40 +79,49 @@ class Sum:
         self._partial, self._gathered = None, 0
 
 
+def _bands(width: int) -> list[tuple[int, int]]:
+    """Four bands of rows: with each from its diagonal block on, five eighths of the whole matrix."""
+    edges = [round(width * k / 4) for k in range(5)]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
 class Moments:
     """``sum of r r^T`` and ``sum of r`` over rows r, given as [group, row, k] factors, many at a time.
 
     Args:
         streams: how many sequences of rows arrive side by side (a Fisher column each); blocks are cut in each alone.
+        means: whether the sums of rows are wanted, too.
     """
 
-    def __init__(self, streams: int = 1) -> None:
+    def __init__(self, streams: int = 1, means: bool = False) -> None:
         gather = GATHER if streams == 1 else 1  # side by side, their order depends on the batches
         self._second, self._first = Sum(gather), Sum(gather)
         self._waiting: list[list[Tensor]] = [[] for _ in range(streams)]
+        self._means = means
 
     def add(self, rows: Tensor, stream: int = 0) -> None:
         """Add rows; those that do not fill a block wait for the next ones."""
         waiting = self._waiting[stream]
         start, stop = 0, rows.shape[1]
+        block = max(FEWEST_ROWS, BLOCK_NUMBERS // rows.shape[-1])
         if waiting:
-            start = min(BLOCK_ROWS - sum(part.shape[1] for part in waiting), stop)
+            start = min(block - sum(part.shape[1] for part in waiting), stop)
             waiting.append(rows[:, :start].clone())
             if start < stop:
                 self._release(waiting)
-        while stop - start > BLOCK_ROWS:
-            self._block(rows[:, start : start + BLOCK_ROWS])
-            start += BLOCK_ROWS
+        while stop - start > block:
+            self._block(rows[:, start : start + block])
+            start += block
         if start < stop:
             waiting.append(rows[:, start:].clone())  # a view would keep the whole batch alive
 
     def second(self) -> Tensor | None:
         """``sum of r r^T`` [group, k, k], float64; None before anything was added."""
         self._release_all()
-        return self._second.value()
+        return self._second.symmetric()
 
     def first(self) -> Tensor | None:
-        """``sum of r`` [group, k], float64; None before anything was added."""
+        """``sum of r`` [group, k], float64; None before anything was added or if it was not wanted."""
         self._release_all()
         return self._first.value()
 
@@ -102,5 +135,6 @@ class Moments:
             waiting.clear()
 
     def _block(self, rows: Tensor) -> None:
-        self._second.add_product(rows, rows)
-        self._first.add(rows.sum(1))
+        self._second.add_gram(rows)
+        if self._means:
+            self._first.add(rows.sum(1))
