@@ -109,7 +109,7 @@ class Moments:
             waiting.append(rows[:, :start].clone())
             if start < stop:
                 self._release(waiting)
-        while stop - start > block:
+        while stop - start >= block:
             self._block(rows[:, start : start + block])
             start += block
         if start < stop:

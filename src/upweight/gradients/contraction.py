@@ -231,20 +231,14 @@ def _separable(terms: Terms, query: Spectral, train: Factored) -> Tensor:
     left_q, right_q = query.left[0, :, 0], query.right[0, :, 0]
     left_t, right_t = (factor[0, :, 0] for factor in query.basis.rotate(train))
     out = left_q.new_empty(len(left_q), len(left_t))
-    # Tiles of the result that stay in cache while all terms are added to them.
-    height, width = 256, 512
+    # All terms of a few queries side by side make two large products; their tile stays in the processor's cache.
+    height, width = max(1, 800 // terms.rank), 256
     for a in range(0, len(left_q), height):
-        scaled = [
-            (left_q[a : a + height] * terms.rows[:, k], right_q[a : a + height] * terms.cols[:, k])
-            for k in range(terms.rank)
-        ]
+        left = (left_q[a : a + height, None] * terms.rows.mT).flatten(0, 1)  # [query * term, R]
+        right = (right_q[a : a + height, None] * terms.cols.mT).flatten(0, 1)
         for b in range(0, len(left_t), width):
-            lt, rt = left_t[b : b + width].mT, right_t[b : b + width].mT
-            total = None
-            for lq, rq in scaled:
-                product = (lq @ lt).mul_(rq @ rt)
-                total = product if total is None else total.add_(product)
-            out[a : a + height, b : b + width] = 0 if total is None else total
+            product = (left @ left_t[b : b + width].mT).mul_(right @ right_t[b : b + width].mT)
+            out[a : a + height, b : b + width] = product.unflatten(0, (-1, terms.rank)).sum(1)
     return out
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PROBE_QUERIES = 16
 FEWEST_TERMS = 8
 """Layers whose exact route costs as little as this many terms are not worth a probe."""
-SAFETY = 0.5
+SAFETY = 0.75
 """Terms are accepted at this share of the tolerance: queries differ from the training examples of the probe."""
 
 
