@@ -1,14 +1,15 @@
 """Training gradients on disk, so that new queries cost no pass of the model over the training data.
 
 Shards hold the raw factors (layer inputs and output gradients, convolutions before their windows are cut), each tensor
-once even where layers share it, in float32, bfloat16, or int8 with one scale per row of the last axis. The error of a
-lossy precision is measured on the first shard and becomes part of the result's evidence.
+once even where layers share it, in float32, bfloat16, or int8 with one scale per row of the last axis; where an example
+has one row only, both lossy precisions keep it in 16-bit integers. Their error is measured on the first shard and
+becomes part of the evidence of a result.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from upweight.curvature import Curvature
 from upweight.data import Examples
-from upweight.errors import UpweightError
+from upweight.errors import CacheMismatchError, StoreError, UpweightError
 from upweight.gradients import Dense, Factored, Gradients, Sparse
 from upweight.gradients.blocks import Block, Piece
 from upweight.gradients.operations import Patches
@@ -70,10 +71,13 @@ class CachePass:
         cache: where and how.
         manifest: what the cache belongs to (model, data, layers).
         source: computes the shards' gradients; its batch size is the shard's number of examples.
+        losses: training losses of the first examples, which tell one loss function from another of the same name.
     """
 
-    def __init__(self, cache: Cache, manifest: Mapping[str, object], source: ModelPass) -> None:
-        self.cache, self.source = cache, source
+    def __init__(
+        self, cache: Cache, manifest: Mapping[str, object], source: ModelPass, losses: Sequence[float]
+    ) -> None:
+        self.cache, self.source, self.losses = cache, source, list(losses)
         self.manifest = {**manifest, "precision": cache.precision, "shard_examples": source.batch_size}
         self.dtype = source.tracker.dtype
         self._reader: ShardStore | None = None
@@ -87,14 +91,23 @@ class CachePass:
         with ShardStore.open(self.cache.folder, self.manifest) as store:
             for step in self.source:
                 key = _key(step.start)
+                if step.start == 0 and store.has(key):
+                    check_same(store.meta(key)["losses"], self.losses, "training loss", self.cache.folder)
                 if not store.has(key):
                     gradients = step.load()
                     tensors, meta = encode(gradients, self.cache.precision)
-                    if step.start == 0 and self.cache.precision != "float32":
+                    if step.start == 0:
+                        meta["losses"] = self.losses
+                    if step.start == 0 and self.lossy:
                         meta["error"] = _measured_error(gradients, decode(tensors, meta, self.dtype))
                     store.write(key, tensors, meta)
                 progress(step.stop - step.start)
         self._reader = None
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the gradients are rounded."""
+        return self.cache.precision != "float32"
 
     @property
     def error(self) -> float | None:
@@ -104,14 +117,24 @@ class CachePass:
     def __iter__(self) -> Iterator[Step[Gradients]]:
         store = self._open()
         starts = sorted(int(key.removeprefix("part-")) for key in store.keys_done if key.startswith("part-"))
+        if starts[:1] != [0]:
+            raise self._lacks(0, starts[0] if starts else self.source.examples.n)
         stops = [*starts[1:], self.source.examples.n]
         for start, stop in zip(starts, stops, strict=True):
-            yield Step(start, stop, lambda s=start: self._load(s))
+            yield Step(start, stop, lambda a=start, b=stop: self._load(a, b))
 
-    def _load(self, start: int) -> Gradients:
+    def _load(self, start: int, stop: int) -> Gradients:
         store = self._open()
-        return decode(
-            store.read(_key(start)), store.meta(_key(start)), self.dtype, self.source.tracker.device
+        key = _key(start)
+        gradients = decode(store.read(key), store.meta(key), self.dtype, self.source.tracker.device)
+        if gradients.batch != stop - start:
+            raise self._lacks(start + gradients.batch, stop)
+        return gradients
+
+    def _lacks(self, start: int, stop: int) -> StoreError:
+        return StoreError(
+            f"{os.fspath(self.cache.folder)} lacks the gradients of training examples {start} to {stop - 1} -> fit "
+            "again: they will be recomputed"
         )
 
     def _open(self) -> ShardStore:
@@ -126,10 +149,11 @@ class SavedCurvature:
     Args:
         cache: the cache they belong to.
         manifest: what they were fitted on.
+        losses: training losses of the first examples.
     """
 
-    def __init__(self, cache: Cache, manifest: Mapping[str, object]) -> None:
-        self.folder = Path(cache.folder) / "curvature"
+    def __init__(self, cache: Cache, manifest: Mapping[str, object], losses: Sequence[float]) -> None:
+        self.folder, self.losses = Path(cache.folder) / "curvature", list(losses)
         self.manifest = {**manifest, "holds": "curvature", "precision": cache.precision}
 
     def read(self, key: str, names: list[str], device: torch.device) -> Curvature | None:
@@ -140,7 +164,9 @@ class SavedCurvature:
         if not store.has(key):
             return None
         meta = store.meta(key)
-        state = {name: tensor.to(device) for name, tensor in store.read(key).items()}
+        check_same(meta["losses"], self.losses, "training loss", self.folder)
+        # Copied out of the mapped file into aligned memory, where products round as they did for the run that fitted.
+        state = {name: tensor.to(device, copy=True) for name, tensor in store.read(key).items()}
         return Curvature.from_state(meta["kind"], names, state, meta["info"])
 
     def write(self, key: str, curvature: Curvature) -> None:
@@ -148,7 +174,20 @@ class SavedCurvature:
         with ShardStore.open(self.folder, self.manifest) as store:
             if not store.has(key):
                 state = curvature.state() or {"none": torch.zeros(1)}
-                store.write(key, state, {"kind": curvature.kind, "info": curvature.info})
+                meta = {"kind": curvature.kind, "info": curvature.info, "losses": self.losses}
+                store.write(key, state, meta)
+
+
+def check_same(
+    stored: Sequence[float], now: Sequence[float], what: str, folder: str | os.PathLike[str]
+) -> None:
+    """Raise if numbers that a folder's content was computed with are not today's, up to rounding."""
+    for position, (one, other) in enumerate(zip(stored, now, strict=True)):
+        if abs(one - other) > 1e-5 + 1e-3 * max(abs(one), abs(other)):
+            raise CacheMismatchError(
+                f"{os.fspath(folder)} belongs to another {what}: that of example {position} is {one:g} there but "
+                f"{other:g} here -> name another folder, or delete this one to have it rebuilt"
+            )
 
 
 def shard_examples(examples: Examples, bytes_per_example: float) -> int:
@@ -236,17 +275,21 @@ def decode(
 def _pack(tensors: dict[str, Tensor], name: str, tensor: Tensor, precision: Precision) -> None:
     if not tensor.is_floating_point() or precision == "float32":
         tensors[name] = tensor
-    elif precision == "bf16":
+        return
+    single = tensor[0].numel() == tensor.shape[-1]
+    if precision == "bf16" and not single:
         tensors[name] = tensor.to(torch.bfloat16)
-    else:
-        flat = tensor.float()
-        # A bfloat16 scale keeps float32's range (float16 would underflow for small gradients); rounding uses that very
-        # scale, one step up so that no value leaves the int8 range.
-        scale = (flat.abs().amax(-1, keepdim=True) / 127 * (1 + 2**-7)).to(torch.bfloat16)
-        divisor = scale.float()
-        steps = torch.where(divisor > 0, flat / divisor, torch.zeros_like(flat))
-        tensors[name] = steps.round_().clamp_(-127, 127).to(torch.int8)
-        tensors[f"{name}.scale"] = scale
+        return
+    # One row an example is few bytes, but no sum over positions averages its rounding out: it gets 16 bits in any case.
+    most, dtype = (32767, torch.int16) if single else (127, torch.int8)
+    flat = tensor.float()
+    # A bfloat16 scale keeps float32's range (float16 would underflow for small gradients); rounding uses that very
+    # scale, one step up so that no value leaves the integers' range.
+    scale = (flat.abs().amax(-1, keepdim=True) / most * (1 + 2**-7)).to(torch.bfloat16)
+    divisor = scale.float()
+    steps = torch.where(divisor > 0, flat / divisor, torch.zeros_like(flat))
+    tensors[name] = steps.round_().clamp_(-most, most).to(dtype)
+    tensors[f"{name}.scale"] = scale
 
 
 def _unpack(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:

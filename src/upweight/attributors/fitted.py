@@ -93,11 +93,14 @@ def fit_influence(
     chosen = batch_size_for(example_bytes, examples.n, method.memory)
     size = examples.preferred_batch_size or method.batch_size or chosen
     cache = Cache(cache) if isinstance(cache, (str, os.PathLike)) else cache
-    training = _training_pass(method, tracker, examples, size, example_bytes, cache)
     with torch.no_grad():
         batch = tracker.move(examples.take(spread(examples.n, 2)))
         kind, columns = resolve_fisher(method.task, method.model, batch, method.fisher, method.draws)
-    saved = None if cache is None else SavedCurvature(cache, run_manifest(method, tracker, examples))
+    training = _training_pass(method, tracker, examples, size, example_bytes, cache)
+    saved = None
+    if cache is not None:
+        manifest = run_manifest(method, tracker, examples)
+        saved = SavedCurvature(cache, manifest, first_losses(tracker, examples))
     curvature, fitted_from = _fit_curvature(method, tracker, examples, training, kind, columns, size, saved)
     index = None
     if cache is not None and cache.precision == "index":
@@ -127,10 +130,20 @@ def run_manifest(method: Influence, tracker: Tracker, examples: Examples) -> dic
         "train": examples.fingerprint(),
         "n": examples.n,
         "task": method.task.name,
+        "mask": method.task.mask is not None,
         "layers": {name: [layer.how, layer.numel] for name, layer in tracker.layers.items()},
         "dtype": str(tracker.dtype),
         "autocast": str(method.autocast),
     }
+
+
+def first_losses(tracker: Tracker, examples: Examples) -> list[float]:
+    """Training losses of the first few examples: two losses of one name would otherwise pass for the same."""
+    with torch.no_grad():
+        losses = tracker.task.train_loss(
+            tracker.model, tracker.move(examples.take(range(min(examples.n, 8))))
+        )
+    return [float(loss) for loss in losses]
 
 
 def _training_pass(
@@ -144,7 +157,10 @@ def _training_pass(
     if cache is None or cache.precision == "index":
         return Kept(ModelPass(tracker, examples, size), method.memory / 2, lambda g: g.nbytes)
     rows = examples.preferred_batch_size or shard_examples(examples, example_bytes)
-    stored = CachePass(cache, run_manifest(method, tracker, examples), ModelPass(tracker, examples, rows))
+    source = ModelPass(tracker, examples, rows)
+    stored = CachePass(
+        cache, run_manifest(method, tracker, examples), source, first_losses(tracker, examples)
+    )
     with progress_bar("training gradients", examples.n, method.progress) as advance:
         stored.write(advance)
     return stored
@@ -165,8 +181,11 @@ def _fit_curvature(
     if known is not None:
         return known, "cache"
     passes = {"identity": 0, "ekfac": 2}.get(method.curvature, 1)
+    lossy = isinstance(training, CachePass) and training.lossy
     if kind == "empirical":
-        source: Any = EmpiricalPass(training)
+        # The curvature's inverse would magnify the rounding of a lossy cache: better run the model once more.
+        again = Kept(ModelPass(tracker, examples, size), method.memory / 2, lambda g: g.nbytes)
+        source: Any = EmpiricalPass(again if lossy else training)
     else:
         model_pass = FisherPass(tracker, examples, size, kind, columns, method.seed)
         keep = method.memory / 2 if passes > 1 else 0  # a single pass is never read again
@@ -177,7 +196,7 @@ def _fit_curvature(
         curvature = fit_curvature(method.curvature, tracker.layers, walk, examples.n, tracker.dtype)
     if saved is not None:
         saved.write(key, curvature)
-    from_cache = kind == "empirical" and isinstance(training, CachePass)
+    from_cache = kind == "empirical" and isinstance(training, CachePass) and not lossy
     return curvature, "cached gradients" if from_cache else "model"
 
 

@@ -12,18 +12,18 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from upweight.attributors.evidence import influence_info, measure_separable_error
-from upweight.attributors.fitted import CALIBRATED, Fitted, fit_influence, run_manifest, spread
+from upweight.attributors.fitted import CALIBRATED, Fitted, first_losses, fit_influence, run_manifest, spread
 from upweight.attributors.tiles import ScoreTiles
 from upweight.budget import batch_size_for, parse_memory
 from upweight.cache import Cache
-from upweight.curvature import Damping, Inverse
+from upweight.curvature import KINDS, Damping, Inverse
 from upweight.curvature.damping import DampingLike
 from upweight.data import Examples, signature
 from upweight.errors import UpweightError
@@ -35,6 +35,8 @@ from upweight.index import GradientIndex, WhitenedQueries, check_index_use
 from upweight.progress import progress_bar
 from upweight.scores import Scores, SelfInfluence
 from upweight.task import Task
+
+Result = TypeVar("Result")
 
 
 class Influence:
@@ -54,7 +56,8 @@ class Influence:
             ``"empirical"`` (the data's labels), or ``"auto"``: the most faithful that the number of classes allows.
         draws: targets per example for ``"sampled"``.
         parameters: which parameters to track: None for all trainable ones, a regular expression, or a function of
-        the name. memory: bytes to stay within (an int, or ``"2GB"``); ``"auto"`` is half of what is free.
+            the name.
+        memory: bytes to stay within (an int, or ``"2GB"``); ``"auto"`` is half of what is free.
         batch_size: examples per forward pass; chosen from the memory budget if None. Scores do not depend on it.
         tolerance: largest relative error of a layer's approximate contraction route against the exact one, as
             measured on a probe; 0 for exact routes only. Models in float64 always take exact routes.
@@ -104,6 +107,8 @@ class Influence:
             raise UpweightError(
                 f"task is {type(task).__name__}, expected a Task -> uw.Classification() for example"
             )
+        if curvature not in KINDS:
+            raise UpweightError(f"curvature={curvature!r} is unknown -> use one of {list(KINDS)}")
         if batch_size is not None and batch_size < 1:
             raise UpweightError(
                 f"batch_size={batch_size}, expected at least 1 -> leave it None to have it chosen"
@@ -176,9 +181,8 @@ class Influence:
         panel = self._panel_size(queries.n)
         names = list(fitted.tracker.layers) if per_layer else None
         grid = {"panel": panel, "step": fitted.step}
-        with ScoreTiles(
-            out, self._result_manifest(queries, per_layer), grid, queries.n, n, names, fitted.dtype
-        ) as tiles:
+        manifest, evidence = self._result_manifest(queries, per_layer), self._evidence(queries, out)
+        with ScoreTiles(out, manifest, grid, queries.n, n, names, fitted.dtype, evidence) as tiles:
             with progress_bar("scores", tiles.panels * n, self.progress) as advance:
                 for start, stop in tiles.panel_rows():
                     if tiles.panel_done(start, stop):
@@ -291,16 +295,20 @@ class Influence:
         fitted = self._ready()
         batch = queries.take(positions)
         ids = [queries.ids[p] for p in positions]
+        return self._explained(batch, lambda: fitted.tracker.query(batch, ids))
+
+    def _explained(self, batch: Any, work: Callable[[], Result]) -> Result:
+        """What `work` gives on a batch of queries; an error of the model's own is explained by their form."""
         try:
-            return fitted.tracker.query(batch, ids)
+            return work()
         except UpweightError:
             raise
         except Exception as error:
-            seen = signature(batch)
-            if seen == fitted.signature:
+            seen, expected = signature(batch), self._ready().signature
+            if seen == expected:
                 raise
             raise UpweightError(
-                f"the model refuses the queries: one is {seen} but a training example is {fitted.signature} -> give "
+                f"the model refuses the queries: one is {seen} but a training example is {expected} -> give "
                 f"the queries the training data's form ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
             ) from error
 
@@ -340,7 +348,23 @@ class Influence:
             "queries": queries.fingerprint(),
             "measurement": str(getattr(self.task, "measurement", "function")),
             "curvature": [self.curvature, *fitted.fisher, self.seed],
-            "damping": fitted.curvature.damping(self.damping),
+            "damping": repr(
+                self.damping
+            ),  # the rule: its numbers may differ in the last digit from fit to fit
             "tolerance": self.tolerance,
             "per_layer": per_layer,
         }
+
+    def _evidence(self, queries: Examples, out: str | os.PathLike[str] | None) -> dict[str, list[float]]:
+        """The first losses and measurements, which tell two functions of one name apart when a run is resumed."""
+        if out is None:
+            return {}
+        fitted = self._ready()
+        batch = queries.take(range(min(queries.n, 8)))
+
+        def measured() -> Tensor:
+            with torch.no_grad():
+                return self.task.measure(self.model, fitted.tracker.move(batch))
+
+        measurements = [float(m) for m in self._explained(batch, measured)]
+        return {"training loss": first_losses(fitted.tracker, fitted.examples), "measurement": measurements}

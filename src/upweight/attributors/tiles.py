@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upweight.cache import check_same
 from upweight.store import ShardStore
 
 WHOLE = ""
@@ -32,6 +33,7 @@ class ScoreTiles:
         n: number of training examples.
         layers: names of the layers to keep parts of, or None.
         dtype: dtype of the scores.
+        evidence: {what: numbers} that tell apart runs whose manifests are equal, such as the first losses.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class ScoreTiles:
         n: int,
         layers: Sequence[str] | None,
         dtype: torch.dtype,
+        evidence: Mapping[str, list[float]],
     ) -> None:
         self.queries, self.n, self.layers = queries, n, layers
+        self.evidence = dict(evidence)
         self.panel, self.step = grid["panel"], grid["step"]
         self._store: ShardStore | None = None
         self._values: dict[str, Tensor] = {}
@@ -54,6 +58,7 @@ class ScoreTiles:
             self._store = ShardStore.open(
                 folder, {**manifest, "grid": {"panel": self.panel, "step": self.step}}
             )
+            self._check_evidence(self._store)
         else:
             self._values = {name: torch.empty(queries, n, dtype=dtype) for name in self._names()}
 
@@ -80,7 +85,8 @@ class ScoreTiles:
         if WHOLE not in parts:
             parts = {WHOLE: torch.stack(list(parts.values())).sum(0), **parts}
         if self._store is not None:
-            self._store.write(_key(query, train), {name or "total": part for name, part in parts.items()})
+            tile = {name or "total": part for name, part in parts.items()}
+            self._store.write(_key(query, train), tile, self.evidence)
             return
         self._place(query, train, parts)
 
@@ -98,6 +104,15 @@ class ScoreTiles:
                 )
         layers = {name: self._values[name] for name in self.layers} if self.layers is not None else None
         return self._values[WHOLE], layers
+
+    def _check_evidence(self, store: ShardStore) -> None:
+        for key in sorted(store.keys_done)[:1]:
+            for what, stored in store.meta(key).items():
+                try:
+                    check_same(stored, self.evidence[what], what, store.folder)
+                except BaseException:
+                    store.close()
+                    raise
 
     def _place(self, query: int, train: int, parts: Mapping[str, Tensor]) -> None:
         for name, part in parts.items():

@@ -2,6 +2,6 @@
 
 from upweight.curvature.curvature import Curvature, Inverse
 from upweight.curvature.damping import Damping
-from upweight.curvature.fit import fit_curvature
+from upweight.curvature.fit import KINDS, fit_curvature
 
-__all__ = ["Curvature", "Damping", "Inverse", "fit_curvature"]
+__all__ = ["KINDS", "Curvature", "Damping", "Inverse", "fit_curvature"]

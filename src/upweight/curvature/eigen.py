@@ -42,7 +42,10 @@ def eigh(matrix: Tensor, what: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]
         except RuntimeError:  # LAPACK did not converge
             continue
         if bool(torch.isfinite(values).all() and torch.isfinite(vectors).all()):
-            return (values * scale[..., 0].to(values.dtype)).clamp_min(0).to(dtype), vectors.to(dtype)
+            # Row by row, as a file gives them back: products with them then round alike after a run is resumed.
+            return (values * scale[..., 0].to(values.dtype)).clamp_min(0).to(dtype), vectors.to(
+                dtype
+            ).contiguous()
     raise UpweightError(
         f"the eigendecomposition of {what} ({width} x {width}, values {float(symmetric.min()):.2e} to "
         f"{float(symmetric.max()):.2e}) did not converge -> train in float64, or leave the layer out with parameters="
