@@ -1,6 +1,6 @@
 """What runs in a process of its own: prepare a workload, or fit and score with one library and measure it.
 
-    python benchmarks/_runners.py prepare|kronfluence|upweight|upweight-cache FOLDER SETTINGS_AS_JSON
+    python benchmarks/_runners.py prepare|kronfluence|upweight|upweight-lean|upweight-cache FOLDER SETTINGS_AS_JSON
 
 Started by ekfac_vs_kronfluence.py. The result is FOLDER/KIND.json, and the scores are FOLDER/KIND.scores.npy and
 FOLDER/KIND.further.npy, as predicted changes on removal.
@@ -105,9 +105,9 @@ def run_kronfluence(
 
 
 def run_upweight(
-    workload: Workload, folder: Path | None, settings: dict, phases: Phases
+    workload: Workload, folder: Path | None, settings: dict, phases: Phases, memory: str = "auto"
 ) -> tuple[Tensor, Tensor, dict]:
-    """Fit, score, and score 16 further queries with upweight; train factors go to `folder` if there is one."""
+    """Fit, score, and score 16 further queries with upweight; a cache goes to `folder` if there is one."""
     import upweight as uw
 
     task = uw.Task.from_functions(per_example_loss) if workload.name == "gpt" else uw.Classification()
@@ -120,7 +120,7 @@ def run_upweight(
         damping=settings["damping"] or workload.spec.damping,
         parameters=lambda name: name.rpartition(".")[0] in tracked,
         tolerance=settings["tolerance"],
-        memory=settings.get("memory", "auto"),
+        memory=memory,
         progress=False,
     )
     cache = None if folder is None else uw.Cache(folder / "cache", precision=settings["precision"])
@@ -150,7 +150,8 @@ def main() -> None:
                 scores, more, extra = run_kronfluence(workload, scratch, settings, phases)
             else:
                 cached = scratch if kind == "upweight-cache" else None
-                scores, more, extra = run_upweight(workload, cached, settings, phases)
+                memory = settings["lean"] if kind == "upweight-lean" else "auto"
+                scores, more, extra = run_upweight(workload, cached, settings, phases, memory)
         import numpy as np  # after the measurement
 
         np.save(folder / f"{kind}.scores.npy", scores.float().numpy())

@@ -28,12 +28,13 @@ from scipy.stats import rankdata
 
 HERE = Path(__file__).resolve().parent
 WORKLOADS = ("mlp", "resnet9", "gpt")
-RUNNERS = ("kronfluence", "upweight", "upweight-cache")
+RUNNERS = ("kronfluence", "upweight", "upweight-lean", "upweight-cache")
+"""With the default memory budget (gradients stay in memory), with one too small for that, and with a cache."""
 
 
 def spawn(kind: str, workload: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run one child process to its end and read its result."""
-    keys = ("threads", "tolerance", "precision", "damping", "peer_fit_batch", "peer_train_batch")
+    keys = ("threads", "tolerance", "precision", "lean", "damping", "peer_fit_batch", "peer_train_batch")
     settings = {"workload": workload, **{key: getattr(args, key) for key in keys}}
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
     # A checkout works without being installed; kronfluence's interpreter need not know upweight.
@@ -169,8 +170,12 @@ def main() -> None:
         "--tolerance", type=float, default=1e-3, help="upweight's, for approximate contraction"
     )
     parser.add_argument(
-        "--precision", default="float32", choices=["float32", "bf16", "int8"], help="upweight's cache"
+        "--precision",
+        default="index",
+        choices=["float32", "bf16", "int8", "index"],
+        help="upweight's cache",
     )
+    parser.add_argument("--lean", default="160MB", help="memory budget of upweight-lean")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has kronfluence")
     parser.add_argument("--peer-fit-batch", type=int, default=0, help="kronfluence's batch size for factors")
     parser.add_argument(

@@ -7,6 +7,8 @@ rows, counted from the first example on, whatever batches they arrive in.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -81,8 +83,7 @@ class Sum:
 
 def _bands(width: int) -> list[tuple[int, int]]:
     """Four bands of rows: with each from its diagonal block on, five eighths of the whole matrix."""
-    edges = [round(width * k / 4) for k in range(5)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(round(width * k / 4) for k in range(5)))
 
 
 class Moments:
