@@ -1,0 +1,337 @@
+"""Training gradients on disk: no pass over the data for new queries, what a cache is refused for, and damaged files."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from networks import Counting, N, digits, spearman, trained
+from stores import flip
+from torch import Tensor, nn
+
+import upweight as uw
+from upweight import cache as cache_module
+from upweight.cache import decode, encode
+from upweight.errors import CacheMismatchError, StoreError, UpweightError
+from upweight.gradients import Dense, Factored, Gradients, Sparse
+from upweight.gradients.blocks import Piece
+from upweight.gradients.operations import Patches
+
+PROBES = 272 + 60
+"""Examples that a fit looks at to trace the model and to try routes, on top of its passes over the data."""
+
+
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch):
+    """Waiting for the disk is what takes time; only a power cut could tell that these tests do not wait."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of about 50 examples, so that there are several."""
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 50 * 1000)
+
+
+def influence(model: nn.Module | None = None, **options) -> uw.Influence:
+    return uw.Influence(model or trained("mlp"), uw.Classification(), **{"progress": False, **options})
+
+
+# No pass over the training data --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "int8", "index"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_new_queries_cost_no_pass_over_the_training_data(fisher: str, precision: str, tmp_path, small_shards):
+    model = Counting(trained("mlp"))
+    train, query = digits()
+    method = influence(model, fisher=fisher, memory="16MB").fit(train, cache=uw.Cache(tmp_path, precision))
+    for rows in (slice(0, 10), slice(10, 24)):
+        model.reset()
+        method.attribute(tuple(t[rows] for t in query))
+        assert (
+            model.examples <= 2 * (rows.stop - rows.start) + 16
+        )  # the queries, and a probe of them for the evidence
+    model.reset()
+    method.self_influence()
+    assert model.calls == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "int8", "index"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_a_second_fit_needs_no_pass_at_all(fisher: str, precision: str, tmp_path, small_shards):
+    """It looks at the probes only, and gives the very same scores."""
+    train, query = digits()
+    cache = uw.Cache(tmp_path, precision)
+    scores = influence(fisher=fisher).fit(train, cache=cache).attribute(query).values
+    seen, second = watched()
+    method = influence(second, fisher=fisher).fit(train, cache=cache)
+    assert sum(seen) <= PROBES
+    found = method.attribute(query)
+    assert found.info["curvature_from"] == "cache"
+    assert torch.equal(found.values, scores)
+
+
+def watched() -> tuple[list[int], nn.Module]:
+    """A model whose fingerprint and layers are those of the plain one, and the sizes of the batches it was run on."""
+    model, seen = trained("mlp"), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    return seen, model
+
+
+def test_nor_does_a_second_process(tmp_path):
+    code = f"""
+        import torch, upweight as uw
+        from test_cache import digits, influence, watched
+        torch.set_num_threads(1)
+        seen, model = watched()
+        method = influence(model, fisher="empirical").fit(digits()[0], cache={str(tmp_path)!r})
+        method.attribute(digits()[1]).save({str(tmp_path / "scores")!r})
+        print(sum(seen))
+    """
+    scores = influence(fisher="empirical").fit(digits()[0], cache=tmp_path).attribute(digits()[1]).values
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) <= PROBES + 3 * 24
+    found = uw.Scores.load(tmp_path / "scores").values
+    assert float((found - scores).abs().max() / scores.abs().max()) < 1e-6
+
+
+def test_another_curvature_reads_the_gradients_of_the_first(tmp_path):
+    model = Counting(trained("mlp"))
+    train, query = digits()
+    influence(model, fisher="empirical").fit(train, cache=tmp_path)
+    for curvature in ("kfac", "diagonal", "identity"):
+        model.reset()
+        method = influence(model, fisher="empirical", curvature=curvature).fit(train, cache=tmp_path)
+        found = method.attribute(query).values
+        assert model.examples <= PROBES + 3 * len(query[1])
+        fresh = influence(curvature=curvature, fisher="empirical").fit(train).attribute(query).values
+        assert float((found - fresh).abs().max() / fresh.abs().max()) < 1e-5
+
+
+def test_a_folder_is_a_tenth_as_large_as_the_gradients(tmp_path, small_shards):
+    """Factors, not gradients; a half or a quarter of them in lossy precisions where examples have several positions."""
+    train, _ = digits()
+    sizes = {}
+    for precision in ("float32", "bf16", "int8"):
+        method = influence(trained("cnn"), fisher="empirical")
+        method.fit(train, cache=uw.Cache(tmp_path / precision, precision))
+        sizes[precision] = sum(p.stat().st_size for p in (tmp_path / precision / "parts").iterdir())
+    assert 0.5 < sizes["bf16"] / sizes["float32"] < 0.55
+    assert 0.25 < sizes["int8"] / sizes["float32"] < 0.4
+    parameters = sum(p.numel() for p in trained("mlp").parameters())
+    influence().fit(train, cache=tmp_path / "mlp")
+    assert sum(p.stat().st_size for p in (tmp_path / "mlp" / "parts").iterdir()) < 0.1 * N * 4 * parameters
+
+
+def test_the_index_keeps_the_ranks_and_says_what_it_leaves_out(tmp_path):
+    train, query = digits()
+    truth = influence().fit(train).attribute(query)
+    method = influence().fit(train, cache=uw.Cache(tmp_path, "index"))
+    scores = method.attribute(query)
+    assert float(spearman(scores.values, truth.values).mean()) >= 0.999
+    assert scores.info["training_gradients"]["precision"] == "index"
+    own = method.self_influence().values
+    expected = influence().fit(train).self_influence().values
+    assert float((own - expected).abs().max() / expected.max()) < 1e-5
+    with pytest.raises(UpweightError, match="index was built for another damping") as caught:
+        method.with_damping(1e-2).attribute(query)
+    assert "\n" not in str(caught.value)
+
+
+# Encoding ------------------------------------------------------------------------------------------------------------
+
+
+def every_block() -> Gradients:
+    shared = torch.randn(6, 4, 5)
+    patches = Patches((2, 2), (1, 1), ((1, 0), (0, 1)), (1, 1))
+    real = torch.rand(6, 4) > 0.3
+    vectors = [Piece(torch.randn(6, 1, 3), torch.randn(6, 1, 5)) for _ in range(2)]
+    return Gradients(
+        {
+            "query": Factored((Piece(torch.randn(6, 4, 3), shared),), 1, True),
+            "key": Factored((Piece(torch.randn(6, 4, 3), shared, real=real),)),
+            "twice": Factored(tuple(vectors)),
+            "conv": Factored((Piece(torch.randn(6, 12, 4), torch.randn(6, 1, 3, 4, 2), patches, (3, 4)),), 2, True),
+            "table": Sparse(torch.randint(0, 9, (6, 4)), torch.randn(6, 4, 3), (9, 3)),
+            "norm": Dense(torch.randn(6, 7)),
+            "dead": Factored((Piece(torch.zeros(6, 4, 3), shared),)),
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "most"), [("float32", 0), ("bf16", 6e-3), ("int8", 2e-2)])
+def test_every_kind_of_block_survives(precision: str, most: float):
+    gradients = every_block()
+    tensors, meta = encode(gradients, precision)
+    again = decode(tensors, meta, torch.float32)
+    assert list(again) == list(gradients)
+    for name in gradients:
+        exact, found = gradients[name].dense(), again[name].dense()
+        assert type(again[name]) is type(gradients[name]) and found.dtype == torch.float32
+        assert float((found - exact).norm()) <= most * float(exact.norm())
+    assert torch.equal(again["key"].real(), gradients["key"].real())
+    assert sum(t.shape == (6, 4, 5) for t in tensors.values()) == 1  # what three layers share is stored once
+
+
+def test_one_row_an_example_gets_16_bits_and_tiny_gradients_do_not_vanish():
+    for precision in ("bf16", "int8"):
+        rows = torch.randn(6, 1, 64) * 10.0 ** torch.arange(-30, 30, 10)[:, None, None]
+        rows[2] = 0
+        block = Gradients({"layer": Factored((Piece(rows, torch.randn(6, 1, 5)),))})
+        tensors, meta = encode(block, precision)
+        found = decode(tensors, meta, torch.float32)["layer"].pieces[0].rows
+        error = (found - rows).flatten(1).norm(dim=1) / rows.flatten(1).norm(dim=1).clamp_min(1e-38)
+        assert float(error.max()) < 1e-4 and (found[2] == 0).all()
+
+
+# Refused -------------------------------------------------------------------------------------------------------------
+
+
+def halved(model: nn.Module, batch) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") / 2
+
+
+def whole(model: nn.Module, batch) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def changed_weight(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model[1].weight[0, 0] += 1e-3
+    return model
+
+
+def test_a_cache_of_something_else_is_refused(tmp_path):
+    train, _ = digits()
+    other = train[0].clone(), train[1].clone()
+    other[0][3, 0, 0, 0] += 1e-3
+    task = uw.Task.from_functions(whole)
+    whole.__qualname__ = halved.__qualname__ = "loss"
+    uw.Influence(trained("mlp"), task, progress=False).fit(train, cache=tmp_path)
+    refused = {
+        "model": (changed_weight(trained("mlp")), task, {}, train, tmp_path),
+        "train": (trained("mlp"), task, {}, other, tmp_path),
+        "training loss": (trained("mlp"), uw.Task.from_functions(halved), {}, train, tmp_path),
+        "task": (trained("mlp"), uw.Classification(), {}, train, tmp_path),
+        "precision": (trained("mlp"), task, {}, train, uw.Cache(tmp_path, "int8")),
+        "layers": (trained("mlp"), task, {"parameters": "^1"}, train, tmp_path),
+        "autocast": (trained("mlp"), task, {"autocast": torch.bfloat16}, train, tmp_path),
+    }
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for what, (model, task, options, data, cache) in refused.items():
+        with pytest.raises(CacheMismatchError) as caught:
+            uw.Influence(model, task, progress=False, **options).fit(data, cache=cache)
+        message = str(caught.value)
+        assert what in message and str(tmp_path) in message and "->" in message and "\n" not in message, (
+            message
+        )
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    uw.Influence(trained("mlp"), uw.Task.from_functions(whole), progress=False).fit(train, cache=tmp_path)
+
+
+def test_scores_of_something_else_are_refused(tmp_path):
+    train, query = digits()
+    method = influence().fit(train)
+    method.attribute(query, out=tmp_path)
+    x, y = query
+    refused = {
+        "queries": lambda: method.attribute((x + 1e-3, y), out=tmp_path),
+        "damping": lambda: method.with_damping(0.1).attribute(query, out=tmp_path),
+        "curvature": lambda: influence(curvature="kfac").fit(train).attribute(query, out=tmp_path),
+        "per_layer": lambda: method.attribute(query, per_layer=True, out=tmp_path),
+        "holds": lambda: influence().fit(train, cache=tmp_path),
+    }
+    for what, call in refused.items():
+        with pytest.raises(CacheMismatchError, match=what) as caught:
+            call()
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+    def measured(scale: float) -> uw.Task:
+        return uw.Classification(lambda model, batch: scale * whole(model, batch), unit="nats")
+
+    def by(task: uw.Task) -> uw.Scores:
+        method = uw.Influence(trained("mlp"), task, progress=False).fit(train)
+        return method.attribute(query, out=tmp_path / "functions")
+
+    by(measured(1.0))
+    with pytest.raises(CacheMismatchError, match="measurement"):
+        by(measured(2.0))
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    import shutil
+
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns(".lock"))
+    return to
+
+
+def test_a_flipped_byte_in_any_shard_is_reported_with_its_name(tmp_path, small_shards):
+    train, query = digits()
+    folder = tmp_path / "cache"
+    influence(fisher="empirical").fit(train, cache=folder)
+    shards = sorted(folder.rglob("*.safetensors"))
+    assert len(shards) >= 8 and any("curvature" in str(path) for path in shards)
+    for number, shard in enumerate(shards):
+        damaged = copy_of(folder, tmp_path / str(number))
+        path = damaged / shard.relative_to(folder)
+        flip(path, (7919 * (number + 1)) % path.stat().st_size)
+        with pytest.raises(StoreError) as caught:
+            influence(fisher="empirical").fit(train, cache=damaged).attribute(query)
+        message = str(caught.value)
+        assert (
+            str(path) in message
+            and "damaged" in message
+            and "-> delete it" in message
+            and "\n" not in message
+        )
+
+
+def test_a_flipped_byte_in_any_tile_is_reported_with_its_name(tmp_path):
+    train, query = digits()
+    method = influence(batch_size=100).fit(train)
+    folder = tmp_path / "scores"
+    scores = method.attribute(query, out=folder).values
+    tiles = sorted((folder / "parts").iterdir())
+    assert len(tiles) == 5
+    for number, tile in enumerate(tiles):
+        damaged = copy_of(folder, tmp_path / str(number))
+        path = damaged / "parts" / tile.name
+        flip(path, -5)
+        with pytest.raises(StoreError) as caught:
+            method.attribute(query, out=damaged)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        path.unlink()  # the way out that the message names
+        assert torch.equal(method.attribute(query, out=damaged).values, scores)
+
+
+@pytest.mark.parametrize("which", [0, 1, -1])
+def test_a_shard_that_disappears_is_missed_then_recomputed(which: int, tmp_path, small_shards):
+    train, query = digits()
+    method = influence().fit(train, cache=tmp_path)
+    truth = method.attribute(query).values
+    shards = sorted((tmp_path / "parts").glob("part-*.safetensors"))
+    for fresh_reader in (False, True):
+        shards[which].unlink()
+        if fresh_reader:
+            method._fitted.training._reader = None
+        with pytest.raises(StoreError) as caught:
+            method.attribute(query)
+        assert (
+            str(tmp_path) in str(caught.value)
+            and "-> " in str(caught.value)
+            and "\n" not in str(caught.value)
+        )
+        method = influence().fit(train, cache=tmp_path)
+        assert torch.equal(method.attribute(query).values, truth)
