@@ -41,6 +41,7 @@ for d in (1, 2, 3):
     add(d, "plain", transposed=True)
     add(d, "stride and padding", transposed=True, stride=2, padding=1)
     add(d, "output padding", transposed=True, stride=3, padding=1, output_padding=2)
+    add(d, "output padding beyond the stride", transposed=True, kernel_size=2, dilation=3, output_padding=2)
     add(d, "2 groups, dilation", transposed=True, groups=2, dilation=2)
     add(d, "4 groups, no bias", transposed=True, groups=4, stride=2, bias=False)
 
