@@ -134,8 +134,8 @@ def exact_scores(
 def _weights(eigenvalues: Tensor, axis: int) -> Tensor:
     """Mean gradient mass along an axis, floored: a dead unit's zero must not turn into a division by zero.
 
-    The mass itself, not its root: a score multiplies a query's coordinate with a training example's, and the product of two
-    numbers of this variance has this standard deviation.
+    The mass itself, not its root: a score multiplies a query's coordinate with a training example's, and the product
+    of two numbers of this variance has this standard deviation.
     """
     mass = eigenvalues.clamp_min(0).mean(axis)
     return mass.clamp_min(float(mass.max()) * 1e-4 + 1e-30)
