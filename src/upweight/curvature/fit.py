@@ -127,7 +127,8 @@ class _Factors:
             )
         rows, cols, edge = self.rows.second(), self.cols.second(), self.cols.first()
         assert rows is not None and cols is not None
-        if edge is not None:  # the constant input's row and column of A: the sums of the others, and the count
+        if edge is not None:
+            # The constant input's row and column of A: the sums of the others, and the count.
             count = torch.full_like(edge[:, :1], self.positions)
             last = torch.cat([edge, count], 1)[:, None]  # [group, 1, C + 1]
             cols = torch.cat([torch.cat([cols, edge[:, :, None]], 2), last], 1)

@@ -192,9 +192,8 @@ class Tracker:
             return []
         edges = [use.edge for use in uses]
         with explained():
-            deltas = torch.autograd.grad(
-                losses, edges, torch.ones_like(losses), retain_graph=retain, allow_unused=True
-            )
+            # The sum, not grad_outputs of ones: those make torch import its symbolic shapes, for half a second.
+            deltas = torch.autograd.grad(losses.sum(), edges, retain_graph=retain, allow_unused=True)
         for use in uses:
             use.check_unchanged()
         return [d if d is None else d.reshape(use.shape) for d, use in zip(deltas, uses, strict=True)]
