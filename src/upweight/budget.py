@@ -15,6 +15,9 @@ BATCH_BYTES = 256 << 20
 WORKING_COPIES = 3
 """A batch needs about this many times the bytes of its factors: activations, their gradients and windows."""
 
+BATCH_SHARE, KEEP_SHARE, PANEL_SHARE = 1 / 6, 0.3, 0.1
+"""Shares of the budget: one batch, what a pass keeps in memory, and a panel of queries, of which there are copies."""
+
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -38,8 +41,8 @@ def parse_memory(memory: int | str) -> int:
 
 
 def batch_size_for(example_bytes: float, n: int, memory: int) -> int:
-    """Examples per forward pass: a power of two (or all n) whose working memory fits a quarter of the budget."""
-    most = min(BATCH_BYTES, memory / 4) / (WORKING_COPIES * example_bytes)
+    """Examples per forward pass: a power of two (or all n) whose working memory fits its share of the budget."""
+    most = min(BATCH_BYTES, memory * BATCH_SHARE) / (WORKING_COPIES * example_bytes)
     if most >= n:
         return n
     return 1 << max(0, int(most).bit_length() - 1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upweight.budget import batch_size_for
+from upweight.budget import KEEP_SHARE, batch_size_for
 from upweight.cache import Cache, CachePass, SavedCurvature, shard_examples
 from upweight.curvature import Curvature, fit_curvature
 from upweight.data import Examples, signature
@@ -155,7 +155,7 @@ def _training_pass(
     cache: Cache | None,
 ) -> Pass[Gradients]:
     if cache is None or cache.precision == "index":
-        return Kept(ModelPass(tracker, examples, size), method.memory / 2, lambda g: g.nbytes)
+        return Kept(ModelPass(tracker, examples, size), method.memory * KEEP_SHARE, lambda g: g.nbytes)
     rows = examples.preferred_batch_size or shard_examples(examples, example_bytes)
     source = ModelPass(tracker, examples, rows)
     stored = CachePass(
@@ -184,11 +184,11 @@ def _fit_curvature(
     lossy = isinstance(training, CachePass) and training.lossy
     if kind == "empirical":
         # The curvature's inverse would magnify the rounding of a lossy cache: better run the model once more.
-        again = Kept(ModelPass(tracker, examples, size), method.memory / 2, lambda g: g.nbytes)
+        again = Kept(ModelPass(tracker, examples, size), method.memory * KEEP_SHARE, lambda g: g.nbytes)
         source: Any = EmpiricalPass(again if lossy else training)
     else:
         model_pass = FisherPass(tracker, examples, size, kind, columns, method.seed)
-        keep = method.memory / 2 if passes > 1 else 0  # a single pass is never read again
+        keep = method.memory * KEEP_SHARE if passes > 1 else 0  # a single pass is never read again
         source = Kept(model_pass, keep, lambda columns: sum(g.nbytes for g in columns))
     total = max(1, passes) * examples.n
     with progress_bar(f"{method.curvature} curvature", total, method.progress) as advance:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from upweight.attributors.evidence import influence_info, measure_separable_error
 from upweight.attributors.fitted import CALIBRATED, Fitted, first_losses, fit_influence, run_manifest, spread
 from upweight.attributors.tiles import ScoreTiles
-from upweight.budget import batch_size_for, parse_memory
+from upweight.budget import PANEL_SHARE, batch_size_for, parse_memory
 from upweight.cache import Cache
 from upweight.curvature import KINDS, Damping, Inverse
 from upweight.curvature.damping import DampingLike
@@ -313,11 +313,11 @@ class Influence:
             ) from error
 
     def _panel_size(self, queries: int) -> int:
-        """Queries that are held preconditioned at a time: a quarter of the memory budget."""
+        """Queries that are held preconditioned at a time: a tenth of the memory budget."""
         fitted = self._ready()
         item = torch.finfo(fitted.dtype).bits // 8
         per_query = sum(layer.numel for layer in fitted.tracker.layers.values()) * item
-        return max(1, min(queries, int(self.memory / 4 / per_query)))
+        return max(1, min(queries, int(self.memory * PANEL_SHARE / per_query)))
 
     def _separable_error(self, queries: Examples, inverse: Inverse, router: Router) -> float | None:
         fitted = self._ready()

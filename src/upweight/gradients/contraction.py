@@ -34,7 +34,7 @@ from upweight.gradients.blocks import Block, Dense, Factored, Sparse, Spectral
 from upweight.gradients.separable import Terms
 
 Route = Literal["ghost", "dense", "stream", "separable", "sparse"]
-TILE_BYTES = 64 << 20
+TILE_BYTES = 12 << 20
 """Largest temporary of a route: small enough to stay near the processor's caches, large enough for full speed."""
 
 
