@@ -30,13 +30,14 @@ SCRIPT = textwrap.dedent(
         global count
         count += 1
         if count == kill_at:  # in the middle of this shard: its file is begun, its ledger line is not
-            store.replace_file = lambda path, writes: (path.with_name("torn").write_bytes(b"half"), os.kill(os.getpid(), 9))
+            store.replace_file = lambda path, writes: (path.with_name("torn").touch(), os.kill(os.getpid(), 9))
         write(self, key, *rest)
         print(key, flush=True)
 
     store.ShardStore.write = counted
     train, query = digits()
-    method = uw.Influence(trained("mlp"), uw.Classification(), fisher="empirical", batch_size=50, memory="1MB", progress=False)
+    options = {{"fisher": "empirical", "batch_size": 50, "memory": "1MB", "progress": False}}
+    method = uw.Influence(trained("mlp"), uw.Classification(), **options)
     if what == "cache":
         scores = method.fit(train, cache=folder).attribute(query)
     else:
