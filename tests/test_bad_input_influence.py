@@ -1,0 +1,128 @@
+"""What `Influence` refuses, each in one line that names the cause and the way out."""
+
+import errno
+from collections.abc import Callable
+
+import pytest
+import torch
+from networks import digits, trained
+
+import upweight as uw
+from upweight import store
+
+
+def method(**options) -> uw.Influence:
+    return uw.Influence(trained("mlp"), uw.Classification(), **{"progress": False, **options})
+
+
+def small() -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(t[:40] for t in digits()[0])
+
+
+def changed() -> None:
+    fitted = method(fisher="empirical").fit(small())
+    with torch.no_grad():
+        fitted.model[1].weight.mul_(2)
+    fitted.attribute(small())
+
+
+def nan_query() -> None:
+    x, y = (t.clone() for t in small())
+    x[3] = float("nan")
+    method(fisher="empirical").fit(small()).attribute((x, y), ids=[f"q{i}" for i in range(40)])
+
+
+def function_task() -> uw.Task:
+    return uw.Task.from_functions(
+        lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    )
+
+
+CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
+    "not fitted": (lambda: method().attribute(small()), ["fit(train)"]),
+    "negative damping": (lambda: method(damping=-1.0), ["damping=-1.0", ">= 0"]),
+    "NaN damping": (lambda: method(damping=float("nan")), ["damping=nan"]),
+    "damping of an unknown layer": (
+        lambda: method(fisher="empirical", damping={"nowhere": 1.0}).fit(small()).attribute(small()),
+        ["nowhere"],
+    ),
+    "singular curvature": (
+        lambda: method(fisher="empirical", damping=0.0).fit(small()).attribute(small()),
+        ["singular", "damping"],
+    ),
+    "unknown curvature": (lambda: method(curvature="newton").fit(small()), ["newton", "ekfac"]),
+    "unknown Fisher": (lambda: method(fisher="guessed").fit(small()), ["guessed", "empirical"]),
+    "Fisher without a distribution": (
+        lambda: uw.Influence(trained("mlp"), function_task(), fisher="exact", progress=False).fit(small()),
+        ["exact", "empirical"],
+    ),
+    "unknown precision": (lambda: uw.Cache("somewhere", precision="int3"), ["int3", "int8"]),
+    "nonsense memory": (lambda: method(memory="lots"), ["lots", "2GB"]),
+    "no task": (lambda: uw.Influence(trained("mlp"), torch.nn.CrossEntropyLoss()), ["Task"]),
+    "model changed since fit": (changed, ["changed since fit"]),
+    "empty queries": (
+        lambda: (
+            method(fisher="empirical")
+            .fit(small())
+            .attribute((torch.zeros(0, 1, 8, 8), torch.zeros(0).long()))
+        ),
+        ["empty"],
+    ),
+    "queries of another shape": (
+        lambda: (
+            method(fisher="empirical")
+            .fit(small())
+            .attribute((torch.zeros(2, 3, 9, 9), torch.zeros(2).long()))
+        ),
+        ["[3, 9, 9]", "[1, 8, 8]"],
+    ),
+    "NaN in a query": (nan_query, ["q3", "NaN"]),
+    "an index without an eigenbasis": (
+        lambda: method(curvature="identity").fit(small(), cache=uw.Cache("unused", "index")),
+        ["index", "ekfac"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_in_one_line(name: str, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    act, words = CASES[name]
+    with pytest.raises(uw.UpweightError) as caught:
+        act()
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_an_index_serves_its_damping_only(tmp_path):
+    fitted = method(fisher="empirical", damping=1e-2).fit(small(), cache=uw.Cache(tmp_path, "index"))
+    with pytest.raises(uw.UpweightError, match="another damping"):
+        fitted.with_damping(1e-3).attribute(small())
+    with pytest.raises(uw.UpweightError, match="no layers apart"):
+        fitted.attribute(small(), per_layer=True)
+
+
+def test_a_folder_below_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(uw.StoreError, match="file"):
+        method(fisher="empirical").fit(small(), cache=tmp_path / "file" / "cache")
+
+
+def test_a_full_disk_loses_nothing_that_was_finished(tmp_path, monkeypatch):
+    real, calls = store.replace_file, 0
+
+    def full(path, writes):
+        nonlocal calls
+        calls += path.suffix == ".safetensors"
+        if calls == 1 and path.suffix == ".safetensors":
+            raise uw.StoreError(
+                f"{path} cannot be written: {errno.errorcode[errno.ENOSPC]} -> free some space"
+            )
+        return real(path, writes)
+
+    monkeypatch.setattr(store, "replace_file", full)
+    with pytest.raises(uw.StoreError, match="free some space"):
+        method(fisher="empirical").fit(small(), cache=tmp_path)
+    fitted = method(fisher="empirical").fit(small(), cache=tmp_path)
+    expected = method(fisher="empirical").fit(small()).attribute(small())
+    torch.testing.assert_close(fitted.attribute(small()).values, expected.values, rtol=1e-5, atol=1e-6)
