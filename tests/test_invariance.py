@@ -1,4 +1,4 @@
-"""Scores do not depend on how they were computed: batch size, panel size, memory, threads, order of queries, cache, by layer.
+"""Scores do not depend on how they were computed: batch, panel, memory, threads, order of queries, cache, layers."""
 
 Errors are the largest difference in a query's row relative to the largest score of that row, so that a query whose
 scores are small is held to the same standard.
@@ -74,7 +74,7 @@ def test_memory_budget(network: str, fisher: str):
 
 @pytest.mark.parametrize(("network", "fisher"), SETTINGS)
 def test_thread_count(network: str, fisher: str):
-    scores, own = truth(network, fisher)  # on one thread
+    scores, _ = truth(network, fisher)  # on one thread
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
