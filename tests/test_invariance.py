@@ -1,4 +1,4 @@
-"""Scores do not depend on how they were computed: batch, panel, memory, threads, order of queries, cache, layers."""
+"""Scores do not depend on how they were computed: batch, panel, memory, threads, order of queries, cache, layers.
 
 Errors are the largest difference in a query's row relative to the largest score of that row, so that a query whose
 scores are small is held to the same standard.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import QUERIES, N, digits, spearman, trained
+from networks import QUERIES, digits, spearman, trained
 from torch import Tensor
 
 import upweight as uw
