@@ -67,6 +67,18 @@ def test_every_layer_is_tracked_as_it_should_be(case):
     )
 
 
+@named(
+    "attention of three linear layers",
+    "biases whose gradient is zero in theory",
+    "learned queries",
+    "self-attention",
+)
+def test_rounding_noise_of_float32_sends_nothing_to_the_fallback(case):
+    _, _, tracker = track(case, torch.float32)
+    slow = {name for name, how in tracker.coverage.layers.items() if how.startswith("exact fallback")}
+    assert slow == set(case.fallback)
+
+
 @each(EXACT)
 def test_gradients_do_not_depend_on_the_cut_into_batches(case):
     _, batch, tracker = track(case)
