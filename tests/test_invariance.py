@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import QUERIES, digits, spearman, trained
+from networks import QUERIES, N, digits, spearman, trained
 from torch import Tensor
 
 import upweight as uw
+from upweight.budget import PANEL_SHARE
 
 SETTINGS = [("mlp", "exact"), ("mlp", "sampled"), ("cnn", "exact"), ("cnn", "sampled"), ("cnn", "empirical")]
 
@@ -62,14 +63,11 @@ def test_panel_size(network: str, fisher: str, monkeypatch):
 
 @pytest.mark.parametrize(("network", "fisher"), SETTINGS)
 def test_memory_budget(network: str, fisher: str):
-    """Room for a few queries: several panels, small batches, and next to nothing of the training gradients is kept."""
-    train, query = tuple(t[:60] for t in digits()[0]), digits()[1]
-    truth = influence(network, fisher).fit(train)
+    """Room for ten queries: several panels, small batches, and next to nothing of the training gradients is kept."""
     parameters = sum(p.numel() for p in trained(network).parameters())
-    method = influence(network, fisher, memory=4 * 10 * 4 * parameters).fit(train)
-    assert 1 < method._panel_size(QUERIES) < QUERIES and method._fitted.batch_size < 60
-    assert error(method.attribute(query).values, truth.attribute(query).values) < 1e-5
-    assert error(method.self_influence().values, truth.self_influence().values) < 1e-5
+    method = influence(network, fisher, memory=int(10 * 4 * parameters / PANEL_SHARE)).fit(digits()[0])
+    assert 8 <= method._panel_size(QUERIES) <= 12 and method._fitted.batch_size < N
+    assert_unchanged(method, network, fisher)
 
 
 @pytest.mark.parametrize(("network", "fisher"), SETTINGS)
@@ -178,14 +176,16 @@ PEAK = """
 
 
 def peak(n: int, queries: int, memory: int) -> int:
-    """Megabytes that a fit and all scores take beyond what torch takes, in a process of its own.
-
-    The C library is told to give back what is freed: else it may keep twice as much for later.
-    """
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "200000", "MALLOC_TRIM_THRESHOLD_": "0"}
+    """Megabytes that a fit and all scores take beyond what torch takes, in a process of its own."""
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PEAK), str(n), str(queries), str(memory)],
-        env={**os.environ, **allocator, "PYTHONPATH": os.pathsep.join([str(Path(uw.__file__).parents[1]), *sys.path])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(Path(uw.__file__).parents[1]), *sys.path]),
+            # What is freed goes back at once: the peak is what was in use, not what malloc held back.
+            "MALLOC_MMAP_THRESHOLD_": "1000000",
+            "MALLOC_TRIM_THRESHOLD_": "1000000",
+        },
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -196,5 +196,5 @@ def peak(n: int, queries: int, memory: int) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux reports it")
 def test_memory_stays_within_the_budget():
     """Three hundred megabytes of factors, with room for them and with a budget that they do not fit into."""
-    assert peak(3000, 300, 128) < 128 * 1.25
-    assert peak(3000, 300, 2000) > 250
+    assert peak(3000, 300, 128) < 128 * 1.2
+    assert peak(3000, 300, 2000) > 300
