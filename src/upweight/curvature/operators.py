@@ -189,7 +189,9 @@ def rotate_factors_first(positions: int, rows: int, cols: int) -> bool:
 def _inverse(values: Tensor, damping: float) -> Tensor:
     damped = values + damping
     smallest = float(damped.min()) if damped.numel() else 1.0
-    if not smallest > torch.finfo(values.dtype).eps * float(values.max()) * 1e-3 or smallest == 0:
+    # Without damping, an eigenvalue within the rounding of the largest one is a zero that happens to look positive.
+    noise = torch.finfo(values.dtype).eps * float(values.max()) * (10 if damping == 0 else 1e-3)
+    if not smallest > noise or smallest == 0:
         raise UpweightError(
             f"damping={damping:g} leaves the curvature singular (smallest damped eigenvalue {smallest:.1e}) -> use "
             "damping='auto' or a larger number"
