@@ -28,7 +28,7 @@ class LinearOperator(Protocol):
         ...
 
     def sampled_product(self, x: Tensor, positions: Sequence[int]) -> Tensor:
-        """``H_batch x`` [p, k]: the mean over these training examples only (and the regulariser), for LiSSA and ASTRA."""
+        """``H_batch x`` [p, k]: the mean over these training examples only, and the regulariser."""
         ...
 
     def dense(self) -> Tensor:
