@@ -150,7 +150,8 @@ def main() -> None:
                 scores, more, extra = run_kronfluence(workload, scratch, settings, phases)
             else:
                 cached = scratch if kind == "upweight-cache" else None
-                memory = settings["lean"] if kind == "upweight-lean" else "auto"
+                lean = settings["lean"] or workload.spec.lean
+                memory = lean if kind == "upweight-lean" else "auto"
                 scores, more, extra = run_upweight(workload, cached, settings, phases, memory)
         import numpy as np  # after the measurement
 

@@ -31,6 +31,7 @@ class Spec:
         damping: Absolute damping, added to the mean squared gradient in the eigenbasis by both libraries.
         peer_fit_batch: kronfluence's batch size for factors, the fastest of those tried.
         peer_train_batch: kronfluence's batch size for training examples while scoring, likewise.
+        lean: upweight's memory budget for the row that must not need more memory than kronfluence.
     """
 
     title: str
@@ -39,12 +40,13 @@ class Spec:
     damping: float
     peer_fit_batch: int
     peer_train_batch: int
+    lean: str
 
 
 SPECS = {
-    "mlp": Spec("MLP 64-256-128-10", 360, 1437, 1e-4, 128, 128),
-    "resnet9": Spec("ResNet-9 16-32-64-128", 100, 2000, 1e-3, 100, 32),
-    "gpt": Spec("GPT 4 x 128, length 128", 16, 512, 1e-3, 16, 16),
+    "mlp": Spec("MLP 64-256-128-10", 360, 1437, 1e-4, 128, 128, "160MB"),
+    "resnet9": Spec("ResNet-9 16-32-64-128", 100, 2000, 1e-3, 100, 32, "540MB"),
+    "gpt": Spec("GPT 4 x 128, length 128", 16, 512, 1e-3, 16, 16, "330MB"),
 }
 
 

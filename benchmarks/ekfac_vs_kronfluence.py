@@ -29,7 +29,7 @@ from scipy.stats import rankdata
 HERE = Path(__file__).resolve().parent
 WORKLOADS = ("mlp", "resnet9", "gpt")
 RUNNERS = ("kronfluence", "upweight", "upweight-lean", "upweight-cache")
-"""With the default memory budget (gradients stay in memory), with one too small for that, and with a cache."""
+"""With the default memory budget (gradients stay in memory), with one that needs no more than the peer, with a cache."""
 
 
 def spawn(kind: str, workload: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -175,7 +175,9 @@ def main() -> None:
         choices=["float32", "bf16", "int8", "index"],
         help="upweight's cache",
     )
-    parser.add_argument("--lean", default="160MB", help="memory budget of upweight-lean")
+    parser.add_argument(
+        "--lean", default="", help="memory budget of upweight-lean, instead of the workload's"
+    )
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has kronfluence")
     parser.add_argument("--peer-fit-batch", type=int, default=0, help="kronfluence's batch size for factors")
     parser.add_argument(

@@ -231,7 +231,11 @@ def test_spectral_queries_are_filtered_in_the_eigenbasis():
         dense = torch.stack(expected, 1).flatten(1)
         assert_equal(asked.dense(), dense)
         router = Router()
-        assert_equal(router.contract("layer", router.prepare("layer", asked), train), dense @ train.dense().T)
+        assert_equal(router.contract("layer", prepared(router, asked), train), dense @ train.dense().T)
+
+
+def prepared(router: Router, block: Spectral):
+    return router.prepare(Gradients({"layer": block}))["layer"]
 
 
 def full_rank(filter_: Tensor) -> Terms:
@@ -247,7 +251,7 @@ def test_separable_route_of_full_rank_is_exact(shape):
     )  # more than one tile of the result
     asked = spectral(query, random(1, *shape, seed=2).exp())
     router = Router(terms={"layer": full_rank(asked.filter[0])})
-    assert router.prepare("layer", asked) is asked
+    assert prepared(router, asked) is asked
     assert_equal(router.contract("layer", asked, train), asked.dense() @ train.dense().T)
     assert router.chosen["layer"] == f"separable, {min(shape)} terms"
 
@@ -255,11 +259,9 @@ def test_separable_route_of_full_rank_is_exact(shape):
 def test_separable_terms_are_not_used_where_they_do_not_apply():
     asked = spectral(product(3, 2, 4, 6), random(1, 4, 6).exp())  # two positions
     router = Router(terms={"layer": full_rank(asked.filter[0])})
-    assert isinstance(router.prepare("layer", asked), Dense)
+    assert isinstance(prepared(router, asked), Dense)
     train = product(5, 1, 4, 6, seed=5)
-    assert_equal(
-        router.contract("layer", router.prepare("layer", asked), train), asked.dense() @ train.dense().T
-    )
+    assert_equal(router.contract("layer", prepared(router, asked), train), asked.dense() @ train.dense().T)
 
 
 def spectrum(rows: int, cols: int) -> Tensor:

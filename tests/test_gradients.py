@@ -12,7 +12,8 @@ from cases_basic import mlp
 from torch import Tensor, nn
 
 from upweight.data import Examples, map_tensors
-from upweight.gradients import Gradients, Tracker
+from upweight.gradients import Dense, Factored, Gradients, Tracker
+from upweight.gradients.blocks import Piece
 from upweight.task import FisherKind
 
 TOLERANCE = {torch.float64: (1e-10, 1e-4), torch.float32: (1e-5, 1e-2)}
@@ -301,3 +302,20 @@ def test_input_may_require_gradients_and_be_read_in_no_grad_or_inference_mode():
     with torch.inference_mode():
         clone = (x.clone(), y.clone())
         assert torch.equal(tracker.train(clone, range(N)).dense(), expected)
+
+
+def test_gather_equals_concatenation_for_blocks_of_any_kind():
+    def dense(n: int, seed: int) -> Dense:
+        return Dense(torch.randn(n, 6, generator=torch.Generator().manual_seed(seed)))
+
+    def factored(n: int, seed: int) -> Factored:
+        g = torch.Generator().manual_seed(seed)
+        return Factored((Piece(torch.randn(n, 2, 2, generator=g), torch.randn(n, 2, 3, generator=g)),))
+
+    parts = [Gradients({"a": dense(n, n), "b": factored(n, n)}) for n in (3, 1, 2)]
+    parts.append(Gradients({"a": factored(2, 7), "b": dense(2, 8)}))  # a layer that one batch does not reach
+    together = Gradients.gather(iter(parts), 8)
+    assert together.batch == 8
+    for name in ("a", "b"):
+        assert torch.equal(together[name].dense(), torch.cat([part[name].dense() for part in parts]))
+    assert Gradients.gather([parts[0]], 3)["a"] is parts[0]["a"]

@@ -12,11 +12,11 @@ AUTO_SHARE = 0.5
 """``memory="auto"`` is this share of the memory that is free."""
 BATCH_BYTES = 256 << 20
 """Working memory of one batch: larger batches gain no speed, and smaller ones stay in the processor's caches."""
-WORKING_COPIES = 3
+WORKING_COPIES = 4
 """A batch needs about this many times the bytes of its factors: activations, their gradients and windows."""
 
-BATCH_SHARE, KEEP_SHARE, PANEL_SHARE = 1 / 6, 0.3, 0.1
-"""Shares of the budget: one batch, what a pass keeps in memory, and a panel of queries, of which there are copies."""
+BATCH_SHARE, KEEP_SHARE, PANEL_SHARE = 0.4, 0.3, 0.3
+"""Shares of the budget: one batch with its working copies, what a pass keeps in memory, and a panel of queries."""
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 

@@ -260,23 +260,13 @@ class Influence:
     ) -> Gradients | WhitenedQueries:
         """``(H + damping I)^-1 grad m_q`` for a panel of queries, in the form that the training gradients ask for."""
         fitted = self._ready()
-        index = fitted.index
-        parts: list[Gradients] = []
-        whitened: list[WhitenedQueries] = []
-        step = min(stop - start, batch_size_for(fitted.example_bytes, stop - start, self.memory))
-        for a in range(start, stop, step):
-            positions = range(a, min(a + step, stop))
-            query_gradients = self._query_gradients(queries, positions)
-            if index is not None:
-                whitened.append(index.query(query_gradients))
-                continue
-            preconditioned = inverse @ query_gradients
-            parts.append(
-                Gradients({name: router.prepare(name, block) for name, block in preconditioned.items()})
-            )
-        if index is not None:
-            return WhitenedQueries.concatenate(whitened)
-        return Gradients.concatenate(parts).with_router(router)
+        size = min(stop - start, batch_size_for(fitted.example_bytes, stop - start, self.memory))
+        batches = [range(a, min(a + size, stop)) for a in range(start, stop, size)]
+        gradients = (self._query_gradients(queries, positions) for positions in batches)
+        if fitted.index is not None:
+            return WhitenedQueries.concatenate([fitted.index.query(g) for g in gradients])
+        prepared = (router.prepare(inverse @ g) for g in gradients)
+        return Gradients.gather(prepared, stop - start).with_router(router)
 
     def _index(self, per_layer: bool = False) -> GradientIndex | None:
         """The index, if the fit made one and it can answer this."""
@@ -313,7 +303,7 @@ class Influence:
             ) from error
 
     def _panel_size(self, queries: int) -> int:
-        """Queries that are held preconditioned at a time: a tenth of the memory budget."""
+        """Queries that are held preconditioned at a time: their share of the memory budget."""
         fitted = self._ready()
         item = torch.finfo(fitted.dtype).bits // 8
         per_query = sum(layer.numel for layer in fitted.tracker.layers.values()) * item

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-BLOCK_NUMBERS = 1 << 20
+BLOCK_NUMBERS = 1 << 18
 """Numbers in one block: enough for a matrix product at full speed, few enough to wait for the next batch."""
 FEWEST_ROWS = 512
 """Rows of a block at least."""

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from upweight.gradients.blocks import Block, Dense, Factored, Sparse, Spectral
+from upweight.gradients.gradients import Gradients
 from upweight.gradients.separable import Terms
 
 Route = Literal["ghost", "dense", "stream", "separable", "sparse"]
@@ -92,11 +93,15 @@ class Router:
     force: Route | None = None
     chosen: dict[str, str] = field(default_factory=dict)
 
-    def prepare(self, name: str, query: Block) -> Block:
-        """A preconditioned query in the form that is contracted many times: factored if separable, else dense."""
-        if isinstance(query, Spectral) and not self._separable(name, query):
-            return Dense(query.dense())
-        return query
+    def prepare(self, queries: Gradients) -> Gradients:
+        """Preconditioned queries in the form that is contracted many times: factored if separable, else dense."""
+
+        def prepared(name: str, block: Block) -> Block:
+            if isinstance(block, Spectral) and not self._separable(name, block):
+                return Dense(block.dense())
+            return block
+
+        return Gradients({name: prepared(name, block) for name, block in queries.items()}, self)
 
     def contract(self, name: str, query: Block, train: Block) -> Tensor:
         """Inner products [query, train] of one layer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from upweight.errors import UpweightError
-from upweight.gradients.blocks import Block, concatenate
+from upweight.gradients.blocks import Block, Dense, concatenate
 
 if TYPE_CHECKING:
     from upweight.gradients.contraction import Router
@@ -100,3 +100,30 @@ class Gradients(Mapping[str, Block]):
             return parts[0]
         names = parts[0].blocks
         return Gradients({name: concatenate([p[name] for p in parts]) for name in names}, parts[0].router)
+
+    @staticmethod
+    def gather(parts: Iterable[Gradients], total: int) -> Gradients:
+        """All examples of several batches, `total` of them, in order.
+
+        Dense blocks are written to where they stay as they come, so that no batch is held twice.
+        """
+        placed: dict[str, Tensor] = {}
+        waiting: dict[str, list[Block]] = {}
+        start = 0
+        router = None
+        for part in parts:
+            router = part.router
+            for name, block in part.items():
+                if isinstance(block, Dense) and name not in waiting:
+                    if name not in placed:
+                        if part.batch == total:
+                            return part
+                        placed[name] = block.values.new_empty(total, block.values.shape[1])
+                    placed[name][start : start + len(block)] = block.values
+                elif name in placed:
+                    placed[name][start : start + len(block)] = block.dense()
+                else:
+                    waiting.setdefault(name, []).append(block)
+            start += part.batch
+        whole: dict[str, Block] = {name: concatenate(blocks) for name, blocks in waiting.items()}
+        return Gradients({**whole, **{name: Dense(values) for name, values in placed.items()}}, router)
