@@ -29,7 +29,7 @@ from scipy.stats import rankdata
 HERE = Path(__file__).resolve().parent
 WORKLOADS = ("mlp", "resnet9", "gpt")
 RUNNERS = ("kronfluence", "upweight", "upweight-lean", "upweight-cache")
-"""With the default memory budget (gradients stay in memory), with one that needs no more than the peer, with a cache."""
+"""With the default memory budget (gradients stay in memory), with no more than the peer needs, with a cache."""
 
 
 def spawn(kind: str, workload: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
