@@ -10,10 +10,11 @@ from upweight.curvature.solvers.common import (
     System,
     check_options,
     check_positive_damping,
-    negative_curvature,
+    finite,
     random_matrix,
 )
 from upweight.curvature.solvers.low_rank import LowRankInverse, PerOperator, check_rank
+from upweight.errors import UpweightError
 
 
 class Arnoldi:
@@ -79,11 +80,14 @@ class Arnoldi:
         complement = self.complement and vectors.shape[1] < operator.size
         if complement:
             check_positive_damping(self.name, damping, "its complement term divides by it")
-        damped = values + damping
-        smallest = int(damped.abs().argmin())
-        noise = torch.finfo(b.dtype).eps * float(values.abs().max()) * (10 if damping == 0 else 1e-3)
-        if abs(float(damped[smallest])) <= noise:
-            raise negative_curvature(self.name, float(damped[smallest]), damping)
+        noise = 10 * torch.finfo(b.dtype).eps * float(values.abs().max())
+        if operator.positive and damping > 0:
+            values = values.clamp_min(0)  # below it is rounding
+        elif float((values + damping).abs().min()) <= noise:
+            raise UpweightError(
+                f"arnoldi met the eigenvalue {-damping:g}, which damping={damping:g} turns into zero -> use another "
+                "damping, larger than any negative eigenvalue, or curvature='ggn'"
+            )
         x = LowRankInverse(vectors, values, damping, complement) @ system.b
         notes = {
             "rank": vectors.shape[1],
@@ -122,7 +126,7 @@ def _lanczos(operator: LinearOperator, like: Tensor, steps: int, seed: int) -> t
     v, largest = random_matrix(like, 1, generator), 0.0
     V[:, :1] = v / torch.linalg.vector_norm(v)
     for j in range(steps):
-        w = operator.product(V[:, j : j + 1])
+        w = finite("arnoldi", operator.product(V[:, j : j + 1]))
         basis = V[:, : j + 1]
         w, coefficients = _orthogonalised(w, basis)
         T[: j + 1, j] = coefficients[:, 0]

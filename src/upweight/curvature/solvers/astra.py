@@ -104,7 +104,7 @@ class Astra:
             )
         system = System(self.name, operator, b, damping)
         generator = torch.Generator().manual_seed(self.seed)
-        batch_size = batch_size_of(self.name, operator, self.batch_size)
+        batch_size = batch_size_of(operator, self.batch_size)
         x = preconditioner @ system.b
         if not bool(torch.isfinite(x).all()):
             raise UpweightError("the preconditioner gave numbers that are not finite -> raise its damping")
@@ -117,16 +117,11 @@ class Astra:
         if self.iterations and b.numel():
             notes["step"] = self._step(system, preconditioner, batch_size, generator)
             x, done = self._refine(system, preconditioner, x, notes["step"], batch_size, generator)
-        solution = system.solution(
-            x,
-            self.rtol,
-            done,
-            notes,
-            "raise the iterations, the batch size or the damping, or use solver='cg'",
-        )
-        if done and not bool((solution.info.residual <= 2 * start.clamp_min(0.5 * self.rtol)).all()):
-            raise _diverged(done, float((solution.info.residual / start).max()), notes["step"])
-        return solution
+        residual = torch.linalg.vector_norm(system.b - system.product(x), dim=0)
+        if done and not bool((residual <= 2 * start.clamp_min(0.5 * self.rtol)).all()):
+            raise _diverged(done, float((residual / start).max()), notes["step"])
+        advice = "raise the iterations, the batch size or the damping, or use solver='cg'"
+        return system.solution(x, self.rtol, done, notes, advice, residual)
 
     def _step(
         self, system: System, M: Preconditioner, batch_size: int | None, generator: torch.Generator

@@ -58,16 +58,7 @@ class System:
 
     def product(self, x: Tensor) -> Tensor:
         """``(H + damping I) x``."""
-        return self.checked(self.operator.product(x)).add_(x, alpha=self.damping)
-
-    def checked(self, product: Tensor) -> Tensor:
-        """A product of the operator, or an error if it is not finite."""
-        if not bool(torch.isfinite(product).all()):
-            raise UpweightError(
-                f"a product of the curvature is not finite in {self.name} -> check the model's outputs and the data "
-                "for NaN and inf, or use float64"
-            )
-        return product
+        return finite(self.name, self.operator.product(x)) + self.damping * x
 
     def solution(
         self,
@@ -126,6 +117,16 @@ def _check(name: str, operator: LinearOperator, b: Tensor, damping: float) -> No
         )
     if not (math.isfinite(damping) and damping >= 0):
         raise UpweightError(f"{name} got damping={damping!r}, expected a finite number >= 0 -> try 1e-3")
+
+
+def finite(name: str, product: Tensor) -> Tensor:
+    """The product, or an error if it is not finite."""
+    if not bool(torch.isfinite(product).all()):
+        raise UpweightError(
+            f"a product of the curvature is not finite in {name} -> check the model's outputs and the data for NaN and "
+            "inf, or use float64"
+        )
+    return product
 
 
 def check_positive_damping(name: str, damping: float, why: str) -> None:
@@ -212,16 +213,9 @@ def minibatches(examples: int, batch_size: int, generator: torch.Generator) -> I
             yield order[start : start + batch_size].tolist()
 
 
-def batch_size_of(name: str, operator: LinearOperator, batch_size: int | None) -> int | None:
-    """The size of the mini-batches, None for all the data at once."""
-    if batch_size is None or batch_size == operator.examples:
-        return None
-    if batch_size > operator.examples:
-        raise UpweightError(
-            f"{name} got batch_size={batch_size}, more than the {operator.examples} training examples -> "
-            "batch_size=None takes them all"
-        )
-    return int(batch_size)
+def batch_size_of(operator: LinearOperator, batch_size: int | None) -> int | None:
+    """The size of the mini-batches, None where one would hold all the data."""
+    return None if batch_size is None or batch_size >= operator.examples else int(batch_size)
 
 
 def largest_of_batches(
@@ -236,7 +230,7 @@ def largest_of_batches(
     for _, batch in zip(range(probes), minibatches(operator.examples, batch_size, generator)):
 
         def product(v: Tensor, batch: list[int] = batch) -> Tensor:
-            return system.checked(operator.sampled_product(v, batch)) + system.damping * v
+            return finite(system.name, operator.sampled_product(v, batch)) + system.damping * v
 
         largest.append(largest_eigenvalue(product, system.b, generator, preconditioner))
     return max(largest)

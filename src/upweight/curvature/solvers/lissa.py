@@ -88,7 +88,7 @@ class Lissa:
         """
         system = System(self.name, operator, b, damping)
         generator = torch.Generator().manual_seed(self.seed)
-        batch_size = batch_size_of(self.name, operator, self.batch_size)
+        batch_size = batch_size_of(operator, self.batch_size)
         scale, largest = self._scale(system, batch_size, generator)
         if batch_size is None:
             x, terms = self._full(system, scale)

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from upweight.curvature.solvers.base import LinearOperator, Preconditioner, Solution
-from upweight.curvature.solvers.common import System, check_options, check_positive_damping, random_matrix
+from upweight.curvature.solvers.common import (
+    System,
+    check_options,
+    check_positive_damping,
+    finite,
+    random_matrix,
+)
 from upweight.curvature.solvers.low_rank import LowRankInverse, PerOperator, check_rank
 from upweight.errors import UpweightError
 
@@ -80,11 +86,7 @@ class Nystrom:
             return kept
         rank = check_rank(self.name, self.rank, operator.size)
         W = torch.linalg.qr(random_matrix(like, rank, self.seed)).Q
-        C = operator.product(W)
-        if not bool(torch.isfinite(C).all()):
-            raise UpweightError(
-                "a product of the curvature is not finite in nystrom -> check the model and the data"
-            )
+        C = finite(self.name, operator.product(W))
         shift = torch.finfo(like.dtype).eps * float(torch.linalg.matrix_norm(C)) * operator.size**0.5
         C = C + shift * W
         core = W.mT @ C
