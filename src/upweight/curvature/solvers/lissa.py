@@ -49,7 +49,7 @@ class Lissa:
     gradients take its square root. Mini-batches end in noise of the order of ``scale``. Divergence, by negative
     curvature or a `scale` above 2 over the largest eigenvalue, is an error.
 
-    Source: "Second-Order Stochastic Optimization for Machine Learning in Linear Time" (arXiv 1602.03943); for
+    Source: "Second-Order Stochastic Optimization for Machine Learning in Linear Time" (JMLR 18, 2017); for
     influence, "Understanding Black-box Predictions via Influence Functions" (arXiv 1703.04730).
 
     Example:

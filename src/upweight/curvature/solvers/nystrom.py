@@ -36,7 +36,7 @@ class Nystrom:
     eigenvalues that the sketch missed: the residual is then large. `preconditioner` makes a sketch that is too
     coarse to be a solution speed up conjugate gradients, which then is one.
 
-    Source: "Randomized Nyström Preconditioning" (arXiv 2110.02820), algorithm 2.1 for the stable form.
+    Source: "Randomized Nyström Preconditioning" (arXiv 2110.02820), algorithm 1.
 
     Example:
         >>> Nystrom(rank=50).name
