@@ -2,7 +2,10 @@
 
 from importlib.metadata import version
 
+from upweight.attributors.gradient_similarity import GradCos, GradDot
 from upweight.attributors.influence import Influence
+from upweight.attributors.representer import Representer
+from upweight.attributors.tracin import TracIn
 from upweight.cache import Cache
 from upweight.curvature import Damping
 from upweight.data import Examples
@@ -19,13 +22,17 @@ __all__ = [
     "Classification",
     "Damping",
     "Examples",
+    "GradCos",
+    "GradDot",
     "Influence",
     "Ranking",
     "Regression",
+    "Representer",
     "Scores",
     "SelfInfluence",
     "StoreError",
     "Task",
+    "TracIn",
     "UpweightError",
     "__version__",
 ]
