@@ -1,6 +1,7 @@
 """Trace what a trained PyTorch model predicts to the training examples that made it predict so."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from upweight.attributors.gradient_similarity import GradCos, GradDot
 from upweight.attributors.influence import Influence
@@ -12,6 +13,9 @@ from upweight.data import Examples
 from upweight.errors import CacheMismatchError, StoreError, UpweightError
 from upweight.scores import Ranking, Scores, SelfInfluence
 from upweight.task import BinaryClassification, Classification, Regression, Task
+
+if TYPE_CHECKING:
+    from upweight.testing import check_attributor
 
 __version__ = version("upweight")
 
@@ -35,4 +39,13 @@ __all__ = [
     "TracIn",
     "UpweightError",
     "__version__",
+    "check_attributor",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "check_attributor":  # only tests need it
+        from upweight.testing import check_attributor
+
+        return check_attributor
+    raise AttributeError(f"module 'upweight' has no attribute {name!r}")

@@ -111,7 +111,9 @@ class Representer(Attributor):
                 "explain a class's logit -> use GradDot or Influence for other tasks"
             )
         if not (isinstance(l2, (int, float)) and math.isfinite(l2) and l2 > 0):
-            raise UpweightError(f"l2={l2!r}, expected a finite number > 0: without it alpha is infinite -> 1e-2")
+            raise UpweightError(
+                f"l2={l2!r}, expected a finite number > 0: without it alpha is infinite -> 1e-2"
+            )
         if not tolerance > 0:
             raise UpweightError(f"tolerance={tolerance}, expected > 0 -> 1e-6 is the default")
         if max_iter < 1:
@@ -181,7 +183,11 @@ class Representer(Attributor):
         queries = Examples(query, ids)
         features, targets = self._collect(queries, fit.batch_size, fit.signature, None, "scores")
         # alpha_i[y_q] as [query, train]
-        pull = fit.alpha[:, targets.long()].T if self._classes > 1 else torch.outer(_signs(targets), fit.alpha[:, 0])
+        pull = (
+            fit.alpha[:, targets.long()].T
+            if self._classes > 1
+            else torch.outer(_signs(targets), fit.alpha[:, 0])
+        )
         values = pull * (features @ fit.features.T)
         info = self._info() | {
             "queries": queries.fingerprint(),
@@ -226,8 +232,8 @@ class Representer(Attributor):
         if not isinstance(found, nn.Linear):
             linear = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
             raise UpweightError(
-                f"layer={self.layer!r} is no linear layer of the model, whose last ones are {linear[-3:]} -> name one of "
-                "them, or leave it None"
+                f"layer={self.layer!r} is no linear layer of the model, whose last ones are {linear[-3:]} -> name one "
+                "of them, or leave it None"
             )
         prefix = f"{self.layer}." if self.layer else ""
         return (f"{prefix}weight",) if found.bias is None else (f"{prefix}weight", f"{prefix}bias")
@@ -250,7 +256,9 @@ class Representer(Attributor):
         with progress_bar(what, examples.n, self.progress) as advance:
             for rows in examples.batches(size):
                 ids = examples.ids[rows.start : rows.stop]
-                gradients = explained_by_form(rows.batch, form, lambda b=rows.batch, i=ids: tracker.train(b, i))
+                gradients = explained_by_form(
+                    rows.batch, form, lambda b=rows.batch, i=ids: tracker.train(b, i)
+                )
                 features.append(_features(gradients[next(iter(gradients))]))
                 targets.append(split_batch(rows.batch)[2].reshape(-1).to(tracker.device, torch.float64))
                 if own is not None and rows.start == 0:
@@ -264,7 +272,9 @@ class Representer(Attributor):
         with torch.no_grad():
             outputs = self._task.forward(self.model, tracker.move(batch))[0].double().reshape(len(ours), -1)
         same = outputs.shape == ours.shape
-        difference = float((outputs - ours).abs().max()) / max(float(outputs.abs().max()), 1e-30) if same else 1.0
+        difference = (
+            float((outputs - ours).abs().max()) / max(float(outputs.abs().max()), 1e-30) if same else 1.0
+        )
         if difference > (MOST_LOST if self.autocast is None else 3e-2):
             raise UpweightError(
                 f"the model's outputs differ from its last linear layer's (relative difference {difference:.1e}): "

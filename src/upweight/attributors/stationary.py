@@ -26,9 +26,7 @@ def objective_gradient(losses: Losses, l2: float, weight: Tensor) -> Tensor:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def minimise(
-    losses: Losses, l2: float, start: Tensor, tolerance: float, max_iter: int
-) -> tuple[Tensor, int]:
+def minimise(losses: Losses, l2: float, start: Tensor, tolerance: float, max_iter: int) -> tuple[Tensor, int]:
     """Weights with ``|gradient| <= tolerance l2 |W|``, if Newton's method gets there, and the steps it took.
 
     Every step solves ``(H + l2 I) step = -gradient`` by conjugate gradients, more exactly the nearer the minimum, and
@@ -55,7 +53,9 @@ def minimise(
             return torch.autograd.grad(gradient, leaf, x, retain_graph=True)[0]
 
         step = _conjugate_gradients(product, -gradient.detach(), accuracy=min(0.1, size**0.5, 1e-2))
-        weight = _descend(losses, l2, weight, step, float(value.detach()), float((gradient.detach() * step).sum()))
+        weight = _descend(
+            losses, l2, weight, step, float(value.detach()), float((gradient.detach() * step).sum())
+        )
     return weight, max_iter
 
 
