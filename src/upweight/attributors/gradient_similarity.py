@@ -160,6 +160,9 @@ class GradCos(GradDot):
 
     Arguments and cost are those of `GradDot`.
 
+    Fails when: the model is so sure of an example that its gradient is rounding noise (in float32, at a loss below
+    about 1e-3): the noise is normalised to a full-sized direction. Use a model in float64 there.
+
     Example:
         >>> import torch, upweight as uw
         >>> model = torch.nn.Linear(2, 1, bias=False)
