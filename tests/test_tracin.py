@@ -156,7 +156,7 @@ def test_the_identity_in_place_of_a_projection_changes_nothing(monkeypatch):
     rows = {0: (0, 30), 1: (30, 51)}  # two layers of 30 and 21 parameters, side by side
     eye = torch.eye(51, dtype=torch.float64)
     monkeypatch.setattr(
-        Projection, "matrix", lambda self, layer, a, b: eye[rows[layer][0] + a : rows[layer][0] + b]
+        Projection, "matrix", lambda self, layer, a, b, dtype: eye[rows[layer][0] + a : rows[layer][0] + b]
     )
     scores = tracin(states(), projection=51).fit(TRAIN).attribute(QUERY)
     assert relative(scores.values, tracin(states()).fit(TRAIN).attribute(QUERY).values) < 1e-10

@@ -11,8 +11,8 @@ from torch import Tensor
 from upweight.gradients import Dense, Gradients
 from upweight.gradients.contraction import tiles
 
-CHUNK = 1 << 14
-"""Rows of the projection matrix that are drawn at a time."""
+CHUNK = 1 << 22
+"""Signs that are drawn at a time."""
 
 
 class Projection:
@@ -30,6 +30,7 @@ class Projection:
 
     def __init__(self, dimension: int, seed: int | str, memory: float) -> None:
         self.dimension, self.seed, self.memory = dimension, seed, memory
+        self.rows = max(1, CHUNK // dimension)
         self._kept: dict[tuple[int, int, int], Tensor] = {}
         self._used = 0
 
@@ -46,21 +47,26 @@ class Projection:
     def _project(self, layer: int, gradients: Tensor) -> Tensor:
         width = gradients.shape[1]
         total = gradients.new_zeros(len(gradients), self.dimension)
-        for start in range(0, width, CHUNK):
-            stop = min(start + CHUNK, width)
-            total += gradients[:, start:stop] @ self.matrix(layer, start, stop).to(gradients)
+        for start in range(0, width, self.rows):
+            stop = min(start + self.rows, width)
+            total += gradients[:, start:stop] @ self.matrix(layer, start, stop, gradients.dtype).to(
+                gradients.device
+            )
         return total
 
-    def matrix(self, layer: int, start: int, stop: int) -> Tensor:
+    def matrix(self, layer: int, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Rows `start` to `stop` of a layer's part of P, [rows, dimension]."""
         key = (layer, start, stop)
-        if key in self._kept:
-            return self._kept[key]
+        signs = self._kept.get(key)
+        if signs is None:
+            signs = self._signs(layer, start, stop)
+            if self._used + signs.nbytes <= self.memory:
+                self._kept[key] = signs
+                self._used += signs.nbytes
+        return signs.to(dtype).div_(sqrt(self.dimension))
+
+    def _signs(self, layer: int, start: int, stop: int) -> Tensor:
         digest = hashlib.blake2b(f"{self.seed}/{layer}/{start}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        bits = torch.randint(0, 2, (stop - start, self.dimension), generator=generator, dtype=torch.int8)
-        signs = (2 * bits - 1).to(torch.float64) / sqrt(self.dimension)
-        if self._used + signs.nbytes <= self.memory:
-            self._kept[key] = signs
-            self._used += signs.nbytes
-        return signs
+        shape = stop - start, self.dimension
+        return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)

@@ -222,7 +222,7 @@ class Representer(Attributor):
 
     def _rounded(self, values: Tensor) -> Tensor:
         assert self._tracker is not None
-        return values.to(self._tracker.dtype)
+        return values.to("cpu", self._tracker.dtype)
 
     def _layer_names(self, examples: Examples) -> tuple[str, ...]:
         """The last layer's weight, and its bias if it has one."""

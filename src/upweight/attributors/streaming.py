@@ -96,18 +96,21 @@ class Source:
     def _query_gradients(self, queries: Examples, start: int, stop: int) -> Gradients:
         """``grad m_q`` of a panel of queries, a few at a time."""
         size = min(stop - start, batch_size_for(self.example_bytes, stop - start, self.method.memory))
-        parts = []
-        for a in range(start, stop, size):
-            positions = range(a, min(a + size, stop))
-            batch, ids = queries.take(positions), [queries.ids[p] for p in positions]
-            work = lambda b=batch, i=ids: self.tracker.query(b, i)  # noqa: E731
-            parts.append(self.transform(explained_by_form(batch, self.signature, work)))
-        return Gradients.concatenate(parts)
+        batches = (range(a, min(a + size, stop)) for a in range(start, stop, size))
+        return Gradients.gather(
+            (self._query_batch(queries, positions) for positions in batches), stop - start
+        )
+
+    def _query_batch(self, queries: Examples, positions: Sequence[int]) -> Gradients:
+        batch, ids = queries.take(positions), [queries.ids[p] for p in positions]
+        return self.transform(
+            explained_by_form(batch, self.signature, lambda: self.tracker.query(batch, ids))
+        )
 
     def _panel_size(self, queries: int) -> int:
-        """Queries that are held at a time: a tenth of the memory budget."""
+        """Queries that are held at a time, as factors and multiplied out: their share of the memory budget."""
         numbers = sum(layer.numel for layer in self.tracker.layers.values())
-        per_query = max(numbers * torch.finfo(self.dtype).bits // 8, self.example_bytes)
+        per_query = numbers * torch.finfo(self.dtype).bits // 8 + self.example_bytes
         return max(1, min(queries, int(self.method.memory * PANEL_SHARE / per_query)))
 
     def _manifest(self, queries: Examples, per_layer: bool, settings: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from upweight.attributors.checkpoints import Checkpoint, load_checkpoint, read_c
 from upweight.attributors.evidence import shared_info
 from upweight.attributors.projection import Projection
 from upweight.attributors.streaming import Source, add_layers
-from upweight.budget import KEEP_SHARE, PANEL_SHARE
+from upweight.budget import KEEP_SHARE
 from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.fingerprint import model_fingerprint
@@ -115,11 +115,10 @@ class TracIn(Attributor):
         """
         examples = Examples(train, ids)
         self._copy = copy.deepcopy(self.model)
-        keep = self.memory * KEEP_SHARE / len(self.checkpoints)
         self._sources, self._marks = [], []
         for number in range(len(self.checkpoints)):
             work = self._load(number)
-            self._sources.append(Source(self, work, examples, self._projection(number), keep))
+            self._sources.append(Source(self, work, examples, self._projection(number), self._keep()))
             self._marks.append(model_fingerprint(work))
         self._remember(examples)
         return self
@@ -191,7 +190,11 @@ class TracIn(Attributor):
             return None
         # Signs of its own for every checkpoint: their errors then average out over the sum.
         seed = f"{self.seed}/{number}"
-        return Projection(self.projection, seed, self.memory * PANEL_SHARE / len(self.checkpoints))
+        return Projection(self.projection, seed, self._keep())
+
+    def _keep(self) -> float:
+        """Bytes that one checkpoint's training gradients, and its projection, may each keep."""
+        return self.memory * KEEP_SHARE / len(self.checkpoints) / (1 if self.projection is None else 2)
 
     def _settings(self, number: int) -> dict[str, Any]:
         return {
