@@ -1,14 +1,21 @@
 """Trace what a trained PyTorch model predicts to the training examples that made it predict so."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
+from upweight.attributors.gradient_similarity import GradCos, GradDot
 from upweight.attributors.influence import Influence
+from upweight.attributors.representer import Representer
+from upweight.attributors.tracin import TracIn
 from upweight.cache import Cache
 from upweight.curvature import Damping
 from upweight.data import Examples
 from upweight.errors import CacheMismatchError, StoreError, UpweightError
 from upweight.scores import Ranking, Scores, SelfInfluence
 from upweight.task import BinaryClassification, Classification, Regression, Task
+
+if TYPE_CHECKING:
+    from upweight.testing import check_attributor
 
 __version__ = version("upweight")
 
@@ -19,13 +26,26 @@ __all__ = [
     "Classification",
     "Damping",
     "Examples",
+    "GradCos",
+    "GradDot",
     "Influence",
     "Ranking",
     "Regression",
+    "Representer",
     "Scores",
     "SelfInfluence",
     "StoreError",
     "Task",
+    "TracIn",
     "UpweightError",
     "__version__",
+    "check_attributor",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "check_attributor":  # only tests need it
+        from upweight.testing import check_attributor
+
+        return check_attributor
+    raise AttributeError(f"module 'upweight' has no attribute {name!r}")

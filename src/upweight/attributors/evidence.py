@@ -10,11 +10,12 @@ import torch
 
 from upweight.cache import CachePass
 from upweight.curvature import Inverse
-from upweight.gradients import Factored, Gradients, Router, Spectral
+from upweight.gradients import Coverage, Factored, Gradients, Router, Spectral
 from upweight.gradients.separable import exact_scores
 from upweight.passes import Kept
 
 if TYPE_CHECKING:
+    from upweight.attributors.base import Attributor
     from upweight.attributors.fitted import Fitted
     from upweight.attributors.influence import Influence
 
@@ -58,6 +59,41 @@ def influence_info(method: Influence, fitted: Fitted) -> dict[str, Any]:
         "fingerprints": dict(fitted.fingerprints),
         "versions": {"upweight": _version(), "torch": torch.__version__, "python": platform.python_version()},
         **fitted.notes,
+    }
+
+
+def shared_info(
+    name: str,
+    method: Attributor,
+    coverage: Coverage,
+    fingerprints: dict[str, str],
+    n: int,
+    batch_size: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The evidence that every result carries, whatever the method, under the same keys as `influence_info`.
+
+    Args:
+        name: the method's name.
+        method: its task and options.
+        coverage: of the tracked parameters.
+        fingerprints: of model and training data.
+        n: training examples.
+        batch_size: examples per forward pass.
+        dtype: of the scores.
+    """
+    return {
+        "method": name,
+        "higher_is_better": method.task.higher_is_better,
+        "convention": "positive = proponent: training on the example made the query better, to the method's belief",
+        "coverage": {"parameters": coverage.parameters, "squared_gradient_norm": coverage.squared_norm},
+        "layers": coverage.layers,
+        "n": n,
+        "batch_size": batch_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "autocast": str(method.autocast).removeprefix("torch.") if method.autocast is not None else None,
+        "fingerprints": dict(fingerprints),
+        "versions": {"upweight": _version(), "torch": torch.__version__, "python": platform.python_version()},
     }
 
 

@@ -23,6 +23,7 @@ from upweight.progress import progress_bar
 from upweight.task import FisherKind, resolve_fisher
 
 if TYPE_CHECKING:
+    from upweight.attributors.base import Attributor
     from upweight.attributors.influence import Influence
 
 CALIBRATED = ("kfac", "ekfac")
@@ -122,7 +123,7 @@ def fit_influence(
     )
 
 
-def run_manifest(method: Influence, tracker: Tracker, examples: Examples) -> dict[str, Any]:
+def run_manifest(method: Influence | Attributor, tracker: Tracker, examples: Examples) -> dict[str, Any]:
     """What training gradients on disk belong to: this model, this loss, these layers, this data."""
     return {
         "holds": "training gradients",

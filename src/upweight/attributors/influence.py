@@ -18,14 +18,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from upweight.attributors.base import explained_by_form
 from upweight.attributors.evidence import influence_info, measure_separable_error
 from upweight.attributors.fitted import CALIBRATED, Fitted, first_losses, fit_influence, run_manifest, spread
-from upweight.attributors.tiles import ScoreTiles
+from upweight.attributors.tiles import WHOLE, ScoreTiles, fill_tiles
 from upweight.budget import PANEL_SHARE, batch_size_for, parse_memory
 from upweight.cache import Cache
 from upweight.curvature import KINDS, Damping, Inverse
 from upweight.curvature.damping import DampingLike
-from upweight.data import Examples, signature
+from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.fingerprint import model_fingerprint, model_versions
 from upweight.gradients import Gradients, Router
@@ -178,29 +179,21 @@ class Influence:
         n = fitted.examples.n
         router, inverse = self._router(), fitted.curvature.inverse(self.damping)
         training: Any = self._index(per_layer) or fitted.training
-        panel = self._panel_size(queries.n)
         names = list(fitted.tracker.layers) if per_layer else None
-        grid = {"panel": panel, "step": fitted.step}
+        grid = {"panel": self._panel_size(queries.n), "step": fitted.step}
         manifest, evidence = self._result_manifest(queries, per_layer), self._evidence(queries, out)
+
+        def panel(start: int, stop: int) -> Gradients | WhitenedQueries:
+            return self._preconditioned(queries, start, stop, inverse, router)
+
+        def product(preconditioned: Any, train_gradients: Any) -> dict[str, Tensor]:
+            if per_layer:
+                parts = preconditioned.by_layer(train_gradients.T)
+                return {name: part / n for name, part in parts.items()}
+            return {WHOLE: preconditioned @ train_gradients.T / n}
+
         with ScoreTiles(out, manifest, grid, queries.n, n, names, fitted.dtype, evidence) as tiles:
-            with progress_bar("scores", tiles.panels * n, self.progress) as advance:
-                for start, stop in tiles.panel_rows():
-                    if tiles.panel_done(start, stop):
-                        advance(n)
-                        continue
-                    preconditioned = self._preconditioned(queries, start, stop, inverse, router)
-                    for step in training:
-                        if not tiles.has(start, step.start):
-                            train_gradients = step.load()
-                            if isinstance(preconditioned, Gradients) and per_layer:
-                                parts = preconditioned.by_layer(train_gradients.T)
-                                tiles.write(
-                                    start, step.start, {name: part / n for name, part in parts.items()}
-                                )
-                            else:
-                                scores = preconditioned @ train_gradients.T / n
-                                tiles.write(start, step.start, {"": scores})
-                        advance(step.stop - step.start)
+            fill_tiles(tiles, training, panel, product, self.progress)
             values, layers = tiles.result()
         info = influence_info(self, fitted) | {
             "queries": queries.fingerprint(),
@@ -289,18 +282,7 @@ class Influence:
 
     def _explained(self, batch: Any, work: Callable[[], Result]) -> Result:
         """What `work` gives on a batch of queries; an error of the model's own is explained by their form."""
-        try:
-            return work()
-        except UpweightError:
-            raise
-        except Exception as error:
-            seen, expected = signature(batch), self._ready().signature
-            if seen == expected:
-                raise
-            raise UpweightError(
-                f"the model refuses the queries: one is {seen} but a training example is {expected} -> give "
-                f"the queries the training data's form ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-            ) from error
+        return explained_by_form(batch, self._ready().signature, work)
 
     def _panel_size(self, queries: int) -> int:
         """Queries that are held preconditioned at a time: their share of the memory budget."""

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from upweight.cache import check_same
+from upweight.passes import Pass
+from upweight.progress import progress_bar
 from upweight.store import ShardStore
 
 WHOLE = ""
 """Name of the total score among the parts of a tile."""
+
+Queries = TypeVar("Queries")
+Loaded = TypeVar("Loaded")
 
 
 class ScoreTiles:
@@ -130,6 +135,34 @@ class ScoreTiles:
     ) -> None:
         if self._store is not None:
             self._store.close()
+
+
+def fill_tiles(
+    tiles: ScoreTiles,
+    training: Pass[Loaded],
+    panel: Callable[[int, int], Queries],
+    product: Callable[[Queries, Loaded], dict[str, Tensor]],
+    progress: bool,
+) -> None:
+    """Fill the tiles that are not finished: one pass over the training data for every panel of queries.
+
+    Args:
+        tiles: where the scores go.
+        training: a pass over the training examples.
+        panel: what belongs to the queries from the first number to before the second.
+        product: a tile's scores, by layer or as a total named ``""``, of a panel and of what a step of the pass loads.
+        progress: show a progress bar.
+    """
+    with progress_bar("scores", tiles.panels * tiles.n, progress) as advance:
+        for start, stop in tiles.panel_rows():
+            if tiles.panel_done(start, stop):
+                advance(tiles.n)
+                continue
+            queries = panel(start, stop)
+            for step in training:
+                if not tiles.has(start, step.start):
+                    tiles.write(start, step.start, product(queries, step.load()))
+                advance(step.stop - step.start)
 
 
 def _key(query: int, train: int) -> str:

@@ -1,0 +1,93 @@
+"""What every attributor takes, and what it refuses before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from upweight.budget import parse_memory
+from upweight.data import Examples, signature
+from upweight.errors import UpweightError
+from upweight.fingerprint import model_fingerprint, model_versions
+from upweight.gradients.select import ParameterFilter
+from upweight.task import Task
+
+Result = TypeVar("Result")
+
+
+class Attributor:
+    """Options that the attributors share, and the state of the model they were fitted on.
+
+    Args:
+        model: a trained model in eval mode. Nothing on it is changed.
+        task: its training loss and what is asked of queries.
+        parameters: which parameters to track.
+        memory: bytes to stay within.
+        batch_size: examples per forward pass; chosen from the memory budget if None.
+        autocast: dtype for `torch.autocast` in the forward pass, or None.
+        progress: show progress bars (in a terminal only).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        parameters: ParameterFilter,
+        memory: int | str,
+        batch_size: int | None,
+        autocast: torch.dtype | None,
+        progress: bool,
+    ) -> None:
+        if not isinstance(task, Task):
+            raise UpweightError(
+                f"task is {type(task).__name__}, expected a Task -> uw.Classification() for example"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise UpweightError(
+                f"batch_size={batch_size}, expected at least 1 -> leave it None to have it chosen"
+            )
+        self.model, self.task, self.parameters = model, task, parameters
+        self.memory, self.batch_size = parse_memory(memory), batch_size
+        self.autocast, self.progress = autocast, progress
+        self._fitted_on: tuple[Examples, dict[str, str]] | None = None
+        self._versions: tuple[tuple[int, int], ...] = ()
+
+    def _remember(self, examples: Examples) -> None:
+        """What a later question must find unchanged."""
+        fingerprints = {"model": model_fingerprint(self.model), "train": examples.fingerprint()}
+        self._fitted_on, self._versions = (examples, fingerprints), model_versions(self.model)
+
+    def _ready(self) -> tuple[Examples, dict[str, str]]:
+        """The training data and the fingerprints of the fit; raise without one, or if the model changed since."""
+        if self._fitted_on is None:
+            raise UpweightError("not fitted yet -> call fit(train) first")
+        if model_versions(self.model) != self._versions:
+            if model_fingerprint(self.model) != self._fitted_on[1]["model"]:
+                raise UpweightError("the model's weights changed since fit -> fit again")
+            self._versions = model_versions(self.model)
+        return self._fitted_on
+
+
+def explained_by_form(batch: Any, expected: list[str], work: Callable[[], Result]) -> Result:
+    """What `work` gives on a batch of queries; an error of the model's own is explained by the queries' form.
+
+    Args:
+        batch: the queries.
+        expected: the form of one training example, as `signature` gives it.
+        work: runs the model on the batch.
+    """
+    try:
+        return work()
+    except UpweightError:
+        raise
+    except Exception as error:
+        seen = signature(batch)
+        if seen == expected:
+            raise
+        raise UpweightError(
+            f"the model refuses the queries: one is {seen} but a training example is {expected} -> give "
+            f"the queries the training data's form ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        ) from error
