@@ -1,18 +1,13 @@
 """The exact Gauss-Newton matrix and Hessian against autograd's dense ones, in float64, over the registry of models."""
 
-import curvlinops
 import oracles
-import pytest
 import torch
-from cases_all import EXACT, N, WITH_OUTPUTS, each, track
-from curvature_oracles import relative
+from cases_all import EXACT, WITH_OUTPUTS, N, each, track
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import upweight as uw
 from upweight.curvature.exact import ExactCurvature
 from upweight.data import Examples
-from upweight.errors import UpweightError
 from upweight.gradients import Tracker
 from upweight.gradients.layers import from_parameters
 
@@ -25,7 +20,9 @@ def in_flat_order(tracker: Tracker, H: Tensor) -> Tensor:
     parameters = tracker.parameters
     order = torch.arange(float(len(H)), dtype=torch.float64)
     parts = order.split([p.numel() for p in parameters.values()])
-    named = {name: part.reshape(1, *parameters[name].shape) for name, part in zip(parameters, parts, strict=True)}
+    named = {
+        name: part.reshape(1, *parameters[name].shape) for name, part in zip(parameters, parts, strict=True)
+    }
     rows = from_parameters(tracker.layers, named)[0].long()
     return H[rows][:, rows]
 

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from upweight.budget import BATCH_BYTES, BATCH_SHARE, KEEP_SHARE, batch_size_for, parse_memory
+from upweight.curvature.curvature import Curvature
+from upweight.curvature.fit import fit_curvature
 from upweight.curvature.products import TwiceDifferentiated
 from upweight.curvature.root import Root, RootProduct
 from upweight.curvature.sums import Sum
 from upweight.data import Examples
 from upweight.errors import UpweightError
-from upweight.gradients import Tracker
+from upweight.gradients import Gradients, Tracker
 from upweight.gradients.checks import is_finite
 from upweight.gradients.layers import from_parameters, to_parameters
 from upweight.passes import FisherPass, Kept, Step
-from upweight.task import FisherKind, OutputTask
+from upweight.task import FisherKind, OutputTask, resolve_fisher
 from upweight.task.base import MOST_EXACT_COLUMNS
 
 EXACT_KINDS = ("ggn", "hessian")
@@ -27,6 +29,7 @@ DENSE_SHARE = 0.5
 DENSE_COPIES = 3
 VECTORS = 384
 """Vectors that a product takes at a time: enough for matrix products at full speed."""
+SYMMETRY_EXAMPLES = 8
 ACTIVATION_COPIES = 8
 """Differentiating twice holds about this many times the bytes of a batch's factors for every vector."""
 
@@ -104,11 +107,19 @@ class ExactCurvature:
         self._twice: TwiceDifferentiated | None = None
         self._roots: Kept[Root] | None = None
         if self.columns:
-            source = FisherPass(tracker, examples, self.batch_size, fisher, self.columns, seed)
-            self._roots = Kept(_RootPass(source), self.memory * KEEP_SHARE, lambda root: root.nbytes)
+            self._roots = Kept(
+                _RootPass(self.fisher_pass()), self.memory * KEEP_SHARE, lambda root: root.nbytes
+            )
         else:
-            groups = [layer.parameters for layer in tracker.layers.values()] if blocks else [[*tracker.parameters]]
+            groups = (
+                [layer.parameters for layer in tracker.layers.values()] if blocks else [[*tracker.parameters]]
+            )
             self._twice = TwiceDifferentiated(tracker, kind, groups)
+            self._check_symmetric()
+
+    def fisher_pass(self) -> FisherPass:
+        """Passes over the columns of a Gauss-Newton matrix's root, by the model."""
+        return FisherPass(self.tracker, self.data, self.batch_size, self.fisher, self.columns, self.seed)
 
     @property
     def examples(self) -> int:
@@ -167,6 +178,24 @@ class ExactCurvature:
         assert total is not None
         return total.T / count
 
+    def _check_symmetric(self) -> None:
+        """Raise if ``x . H y`` is not ``y . H x``: torch's second derivative of some operation is then wrong."""
+        positions = range(min(self.data.n, SYMMETRY_EXAMPLES, self.data.alike))
+        x = torch.randn(self.size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = x.to(self.tracker.device, self.dtype)
+        batch, ids = self.data.take(positions), [self.data.ids[p] for p in positions]
+        Hx = self._differentiated([(batch, ids)], x, len(ids))
+        products = x.T.double() @ Hx
+        gap = float((products[0, 1] - products[1, 0]).abs())
+        size = float(torch.linalg.vector_norm(x[:, 0].double()) * torch.linalg.vector_norm(Hx[:, 1]))
+        if gap > (1e-9 if self.dtype == torch.float64 else 1e-3) * size:
+            raise UpweightError(
+                f"the second derivative that torch computes is not symmetric (x.Hy and y.Hx differ by {gap / size:.1e} "
+                "of |x| |Hy|): an operation's double backward is wrong, as weight_norm's is -> use curvature='ggn', fold "
+                "the parametrisation into the weight (parametrize.remove_parametrizations), or leave it out with "
+                "parameters="
+            )
+
     def _sampled_roots(self, positions: Sequence[int]) -> Iterator[Root]:
         assert self._roots is not None
         if self._roots.share_in_memory < 1:
@@ -222,8 +251,8 @@ class ExactCurvature:
         """Raise if a dense matrix does not fit the memory budget."""
         if not self.fits_dense():
             raise UpweightError(
-                f"the dense {self.kind} of {self.size:,} parameters takes {_size(self.dense_bytes())} with its inverse, "
-                f"more than the {_size(self.memory * DENSE_SHARE)} of the memory budget for it -> use solver='cg' or "
+                f"the dense {self.kind} of {self.size:,} parameters takes {_size(self.dense_bytes())} with its "
+                f"inverse, more than the {_size(self.memory * DENSE_SHARE)} of the memory budget for it -> use solver='cg' or "
                 "'dual', curvature='ekfac', fewer parameters=, or a larger memory="
             )
 
@@ -246,31 +275,58 @@ class ExactCurvature:
         """``S^T S / n`` from the root's columns, formed a batch at a time."""
         assert self._roots is not None
         total = Sum(gather=1)
-        item = torch.finfo(self.dtype).bits // 8
-        step = max(1, int(BATCH_BYTES / (self.columns * self.size * item)))
-        for part in self._roots:
-            root = part.load()
-            for a in range(0, root.batch, step):
-                rows = torch.arange(a, min(a + step, root.batch), device=self.tracker.device)
-                total.add_gram(root.take(rows).dense()[None])
+        for root in self._formed():
+            total.add_gram(root.dense()[None])
         self.products += self.size
         gram = total.symmetric()
         assert gram is not None
         H = gram[0] / self.data.n
         return torch.block_diag(*(H[a:b, a:b] for a, b in self.spans())) if self.blocks else H
 
+    def _formed(self) -> Iterator[Root]:
+        """The roots, cut so that their columns can be formed."""
+        assert self._roots is not None
+        item = torch.finfo(self.dtype).bits // 8
+        step = max(1, int(BATCH_BYTES / (self.columns * self.size * item)))
+        for part in self._roots:
+            root = part.load()
+            for a in range(0, root.batch, step):
+                yield root.take(torch.arange(a, min(a + step, root.batch), device=self.tracker.device))
+
     def _by_gram(self) -> bool:
         """Whether forming the root's columns takes fewer operations than products with the identity."""
         if self._roots is None:
             return False
         root = next(iter(self._roots)).load()
-        by_products = sum(4 * layer.work * w for layer, w in zip(root.layers.values(), self._widths, strict=True))
+        by_products = sum(
+            4 * layer.work * w for layer, w in zip(root.layers.values(), self._widths, strict=True)
+        )
         return 1.25 * self.columns * self.size < by_products
 
     def spans(self) -> list[tuple[int, int]]:
         """First and last parameter of each layer in a flat vector."""
         stops = torch.tensor(self._widths).cumsum(0).tolist()
         return [(stop - width, stop) for stop, width in zip(stops, self._widths, strict=True)]
+
+    def trace(self) -> float | None:
+        """The trace of H from the root's columns; None where there is no root."""
+        if self._roots is None:
+            return None
+        total = sum(
+            float(part.double().square().sum()) for root in self._formed() for part in (root.dense(),)
+        )
+        return total / self.data.n + self.l2 * self.size
+
+    def structured(self, kind: str) -> Curvature:
+        """A block-diagonal curvature (``"ekfac"``, ``"diagonal"``) of the same model and data, for a preconditioner."""
+        task, model = self.tracker.task, self.tracker.model
+        with torch.no_grad(), self.tracker.quietly():
+            batch = self.tracker.move(self.data.take([0]))
+            fisher, columns = resolve_fisher(task, model, batch, "auto", self.draws)
+        source = FisherPass(self.tracker, self.data, self.batch_size, fisher, columns, self.seed)
+        kept = Kept(source, self.memory * KEEP_SHARE, lambda found: sum(g.nbytes for g in found))
+        loaded = _Loaded(kept)
+        return fit_curvature(kind, self.tracker.layers, loaded, self.data.n, self.dtype)
 
     # Columns -----------------------------------------------------------------------------------------------------
 
@@ -288,8 +344,8 @@ class ExactCurvature:
         if not columns:
             raise UpweightError(
                 f"a Gauss-Newton matrix (fisher={self.fisher!r}) needs to know the model's outputs, which this task "
-                "does not say -> use curvature='hessian', give Task.from_functions a sampled_loss= and fisher='sampled', "
-                "or use one of the tasks of outputs (Classification, Regression)"
+                "does not say -> use curvature='hessian', give Task.from_functions a sampled_loss= and fisher='sampled', or "
+                " use one of the tasks of outputs (Classification, Regression)"
             )
         if self.fisher == "exact" and columns > MOST_EXACT_COLUMNS and isinstance(task, OutputTask):
             return 0
@@ -305,6 +361,17 @@ class _RootPass:
     def __iter__(self) -> Iterator[Step[Root]]:
         for step in self.source:
             yield Step(step.start, step.stop, lambda s=step: Root.of(s.load()))
+
+
+class _Loaded:
+    """A Fisher source from a pass: its steps loaded."""
+
+    def __init__(self, source: Kept[Sequence[Gradients]]) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[tuple[int, Sequence[Gradients]]]:
+        for step in self.source:
+            yield step.start, step.load()
 
 
 def _size(count: float) -> str:

@@ -155,5 +155,3 @@ def _twice() -> Iterator[None]:
                     "'ekfac', or write that operation with others"
                 ) from error
             raise
-
-

@@ -6,8 +6,8 @@ The columns s_ic are gradients of an example's *output*, weighted by a root of t
     z = S x         every example's columns against k vectors, summed over layers      [batch, columns, k]
     H x = S^T z / n
 
-For a weight matrix with inputs a and output gradients d, both are two matrix products that all the columns share, because
-an example's columns differ in d only: ``z_c = sum_t d_tc^T (X a_t)`` and ``S^T z = sum_t (sum_c z_c d_tc) a_t^T``.
+For a weight matrix with inputs a and output gradients d, both are two matrix products that all the columns share,
+because an example's columns differ in d only: ``z_c = sum_t d_tc^T (X a_t)`` and ``S^T z = sum_t (sum_c z_c d_tc) a_t^T``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LayerRoot(Protocol):
     """The columns of one layer for a batch; vectors x are [numel, k], coordinates z [batch, columns, k]."""
 
     def prepared(self, x: Tensor) -> Tensor:
-        """x in the form that `coordinates` reads, made once for all batches."""
+        """X in the form that `coordinates` reads, made once for all batches."""
         ...
 
     def coordinates(self, prepared: Tensor, z: Tensor) -> None:
@@ -323,7 +323,11 @@ def _layer_root(columns: Sequence[Block]) -> LayerRoot:
     tables = [c for c in columns if isinstance(c, Sparse)]
     if len(tables) == len(columns):
         return LookedUp(tables[0].ids, torch.stack([c.rows for c in tables], 1), tables[0].table)
-    return Formed(torch.stack([c.dense() for c in columns], 1)) if len(columns) > 1 else Formed(first.dense()[:, None])
+    return (
+        Formed(torch.stack([c.dense() for c in columns], 1))
+        if len(columns) > 1
+        else Formed(first.dense()[:, None])
+    )
 
 
 def _width(block: Factored) -> int:
