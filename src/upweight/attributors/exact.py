@@ -50,10 +50,8 @@ def check_curvature(curvature: str, solver: str | Solver | None, l2: float) -> N
         )
 
 
-def fit_exact(
-    method: Influence, tracker: Tracker, examples: Examples
-) -> tuple[SolvedCurvature, tuple[FisherKind, int]]:
-    """The exact curvature with its solver, ready to solve; the Fisher's kind and its columns an example."""
+def fit_exact(method: Influence, tracker: Tracker, examples: Examples) -> SolvedCurvature:
+    """The exact curvature with its solver, ready to solve."""
     fisher: Any = "exact" if method.fisher == "auto" or method.curvature == "hessian" else method.fisher
     if fisher not in get_args(FisherKind):
         raise UpweightError(f"fisher={fisher!r} is unknown -> use 'auto', 'exact', 'sampled' or 'empirical'")
@@ -81,7 +79,7 @@ def fit_exact(
     represented = dict.fromkeys(tracker.layers, f"exact {method.curvature}, one matrix over all layers")
     curvature = SolvedCurvature(operator, solver, preconditioner, {"represented": represented})
     curvature.prepare(method.damping)
-    return curvature, (fisher, operator.columns)
+    return curvature
 
 
 def solver_name(curvature: Any) -> str:

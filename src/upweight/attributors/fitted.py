@@ -98,24 +98,26 @@ def fit_influence(
     chosen = batch_size_for(example_bytes, examples.n, method.memory)
     size = examples.preferred_batch_size or method.batch_size or chosen
     cache = Cache(cache) if isinstance(cache, (str, os.PathLike)) else cache
-    exact = method.curvature in EXACT_KINDS
-    if not exact:
-        with torch.no_grad():
-            batch = tracker.move(examples.take(spread(examples.n, 2)))
-            fisher = resolve_fisher(method.task, method.model, batch, method.fisher, method.draws)
-    elif cache is not None and cache.precision == "index":
+    if cache is not None and cache.precision == "index":
         check_index_use(method.curvature, per_layer=False)
+    if method.curvature in EXACT_KINDS:
+        exact = fit_exact(method, tracker, examples)
+        fisher = (exact.operator.fisher, exact.operator.columns)
+    else:
+        exact = None
+        fisher = _resolve_fisher(method, tracker, examples)
     training = _training_pass(method, tracker, examples, size, example_bytes, cache)
     saved = None
     if cache is not None:
         manifest = run_manifest(method, tracker, examples)
         saved = SavedCurvature(cache, manifest, first_losses(tracker, examples))
     index = None
-    if exact:
-        curvature, fisher = fit_exact(method, tracker, examples)
-        fitted_from = "model"
+    if exact is not None:
+        curvature, fitted_from = exact, "model"
     else:
-        curvature, fitted_from = _fit_curvature(method, tracker, examples, training, *fisher, size, saved)
+        curvature, fitted_from = _fit_curvature(
+            method, tracker, examples, training, fisher[0], fisher[1], size, saved
+        )
         if cache is not None and cache.precision == "index":
             index = _build_index(method, tracker, examples, curvature, fisher, cache, example_bytes)
     return Fitted(
@@ -133,6 +135,12 @@ def fit_influence(
         signature=signature(examples.take([0])),
         notes={"curvature_from": fitted_from, "fit_seconds": round(time.perf_counter() - started, 3)},
     )
+
+
+def _resolve_fisher(method: Influence, tracker: Tracker, examples: Examples) -> tuple[FisherKind, int]:
+    with torch.no_grad():
+        batch = tracker.move(examples.take(spread(examples.n, 2)))
+        return resolve_fisher(method.task, method.model, batch, method.fisher, method.draws)
 
 
 def run_manifest(method: Influence | Attributor, tracker: Tracker, examples: Examples) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """``damping="auto"`` for an exact curvature: the prior precision under which the trained weights are most likely.
 
 A damping is a Gaussian prior N(0, 1 / (n damping)) on the parameters. The evidence of the trained ones, in the
-quadratic model of the loss around them, is largest where the prior's pull matches the number of directions that the data
-determines,
+quadratic model of the loss around them, is largest where the prior's pull matches the number of directions that the
+data determines,
 
     n damping |theta|^2 = sum_j s_j / (s_j + damping) = effective dimension(damping),
 

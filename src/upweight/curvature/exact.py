@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from upweight.budget import BATCH_BYTES, BATCH_SHARE, KEEP_SHARE, batch_size_for
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.fit import fit_curvature
 from upweight.curvature.products import TwiceDifferentiated
-from upweight.curvature.root import Root, RootProduct
+from upweight.curvature.root import Root
 from upweight.curvature.sums import Sum
 from upweight.data import Examples
 from upweight.errors import UpweightError
@@ -27,8 +27,10 @@ EXACT_KINDS = ("ggn", "hessian")
 DENSE_SHARE = 0.5
 """A dense matrix, with the copies that its inverse takes, may fill this share of the memory budget."""
 DENSE_COPIES = 3
-VECTORS = 384
-"""Vectors that a product takes at a time: enough for matrix products at full speed."""
+VECTORS = 64
+"""Vectors that a product of the root takes at a time: the fastest of 64, 128 and 384, as measured on an MLP."""
+UNITS = 384
+"""Columns of the identity that a dense matrix is made from at a time."""
 SYMMETRY_EXAMPLES = 8
 ACTIVATION_COPIES = 8
 """Differentiating twice holds about this many times the bytes of a batch's factors for every vector."""
@@ -93,7 +95,8 @@ class ExactCurvature:
         if not 0 <= l2 < float("inf"):
             raise UpweightError(f"l2={l2}, expected a finite number >= 0 -> 0 if nothing was penalised")
         self.tracker, self.data, self.kind, self.l2, self.blocks = tracker, examples, kind, float(l2), blocks
-        self.fisher, self.draws, self.seed, self.memory = fisher, draws, seed, parse_memory(memory)
+        self.fisher: FisherKind = fisher
+        self.draws, self.seed, self.memory = draws, seed, parse_memory(memory)
         self.size = sum(layer.numel for layer in tracker.layers.values())
         self.positive = kind == "ggn"
         self.products = 0.0
@@ -137,8 +140,7 @@ class ExactCurvature:
         """``H x`` [p, k] for x [p, k], in x's dtype: over all the data, the same bits each time."""
         self._check(x)
         self.products += x.shape[1]
-        parts = [self._full(x[:, a : a + VECTORS]) for a in range(0, x.shape[1], VECTORS)]
-        return self._regularised(torch.cat(parts, 1) if len(parts) != 1 else parts[0], x)
+        return self._regularised(self._full(x), x)
 
     def sampled_product(self, x: Tensor, positions: Sequence[int]) -> Tensor:
         """``H_batch x`` [p, k]: the mean over the training examples at these positions, and the regulariser."""
@@ -148,19 +150,26 @@ class ExactCurvature:
         if self._twice is not None:
             batch, ids = self.data.take(positions), [self.data.ids[p] for p in positions]
             return self._regularised(self._differentiated([(batch, ids)], x, count), x)
-        total = RootProduct(self._split(x), self.blocks)
-        for root in self._sampled_roots(positions):
-            total.add(root)
-        return self._regularised(self._join(total) / count, x)
+        return self._regularised(self._of_roots(self._sampled_roots(positions), x).div_(count), x)
 
     def _full(self, x: Tensor) -> Tensor:
         if self._roots is None:
             batches = ((r.batch, self.data.ids[r.start : r.stop]) for r in self.data.batches(self.batch_size))
             return self._differentiated(batches, x, self.data.n)
-        total = RootProduct(self._split(x), self.blocks)
-        for step in self._roots:
-            total.add(step.load())
-        return self._join(total) / self.data.n
+        roots = (step.load() for step in self._roots)
+        return self._of_roots(roots, x).div_(self.data.n)
+
+    def _of_roots(self, roots: Iterable[Root], x: Tensor) -> Tensor:
+        """``sum over roots of S^T S x``: sums within a batch in the model's precision, over batches in float64."""
+        out = torch.zeros(x.shape, dtype=torch.float64, device=self.tracker.device)
+        for root in roots:
+            for a in range(0, x.shape[1], VECTORS):
+                parts = x[:, a : a + VECTORS].to(self.dtype).split(self._widths)
+                named = dict(zip(self.tracker.layers, parts, strict=True))
+                found = root.product(named, self.blocks)
+                for (start, stop), part in zip(self.spans(), found.values(), strict=True):
+                    out[start:stop, a : a + VECTORS] += part
+        return out
 
     def _differentiated(self, batches: Any, x: Tensor, count: int) -> Tensor:
         assert self._twice is not None
@@ -191,8 +200,8 @@ class ExactCurvature:
         if gap > (1e-9 if self.dtype == torch.float64 else 1e-3) * size:
             raise UpweightError(
                 f"the second derivative that torch computes is not symmetric (x.Hy and y.Hx differ by {gap / size:.1e} "
-                "of |x| |Hy|): an operation's double backward is wrong, as weight_norm's is -> use curvature='ggn', fold "
-                "the parametrisation into the weight (parametrize.remove_parametrizations), or leave it out with "
+                "of |x| |Hy|): an operation's double backward is wrong, as weight_norm's is -> use curvature='ggn', "
+                "fold the parametrisation into the weight (parametrize.remove_parametrizations), or leave it out with "
                 "parameters="
             )
 
@@ -209,19 +218,12 @@ class ExactCurvature:
             if len(here):
                 yield step.load().take(here)
 
-    def _split(self, x: Tensor) -> dict[str, Tensor]:
-        parts = x.to(self.dtype).split(self._widths)
-        return dict(zip(self.tracker.layers, parts, strict=True))
-
-    def _join(self, total: RootProduct) -> Tensor:
-        return torch.cat(list(total.total.values()))
-
     def _regularised(self, product: Tensor, x: Tensor) -> Tensor:
         if not is_finite(product):
             raise UpweightError(
                 f"a {self.kind} product is not finite -> look for exploding activations, or use float64"
             )
-        return (product + self.l2 * x).to(x.dtype)
+        return (product.add_(x, alpha=self.l2) if self.l2 else product).to(x.dtype)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 2 or len(x) != self.size:
@@ -252,8 +254,8 @@ class ExactCurvature:
         if not self.fits_dense():
             raise UpweightError(
                 f"the dense {self.kind} of {self.size:,} parameters takes {_size(self.dense_bytes())} with its "
-                f"inverse, more than the {_size(self.memory * DENSE_SHARE)} of the memory budget for it -> use solver='cg' or "
-                "'dual', curvature='ekfac', fewer parameters=, or a larger memory="
+                f"inverse, more than the {_size(self.memory * DENSE_SHARE)} of the memory budget for it -> "
+                "use solver='cg' or 'dual', curvature='ekfac', fewer parameters=, or a larger memory="
             )
 
     def fits_dense(self) -> bool:
@@ -263,8 +265,8 @@ class ExactCurvature:
     def _by_columns(self) -> Tensor:
         """Products with the identity, without the regulariser."""
         H = torch.empty(self.size, self.size, dtype=torch.float64, device=self.tracker.device)
-        for a in range(0, self.size, VECTORS):
-            width = min(VECTORS, self.size - a)
+        for a in range(0, self.size, UNITS):
+            width = min(UNITS, self.size - a)
             units = torch.zeros(self.size, width, dtype=self.dtype, device=H.device)
             units[a : a + width].fill_diagonal_(1)
             H[:, a : a + width] = self._full(units)
@@ -344,8 +346,8 @@ class ExactCurvature:
         if not columns:
             raise UpweightError(
                 f"a Gauss-Newton matrix (fisher={self.fisher!r}) needs to know the model's outputs, which this task "
-                "does not say -> use curvature='hessian', give Task.from_functions a sampled_loss= and fisher='sampled', or "
-                " use one of the tasks of outputs (Classification, Regression)"
+                "does not say -> use curvature='hessian', give Task.from_functions a sampled_loss= and "
+                "fisher='sampled', or use one of the tasks of outputs (Classification, Regression)"
             )
         if self.fisher == "exact" and columns > MOST_EXACT_COLUMNS and isinstance(task, OutputTask):
             return 0

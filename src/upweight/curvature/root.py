@@ -7,7 +7,9 @@ The columns s_ic are gradients of an example's *output*, weighted by a root of t
     H x = S^T z / n
 
 For a weight matrix with inputs a and output gradients d, both are two matrix products that all the columns share,
-because an example's columns differ in d only: ``z_c = sum_t d_tc^T (X a_t)`` and ``S^T z = sum_t (sum_c z_c d_tc) a_t^T``.
+because an example's columns differ in d only:
+
+    z_c = sum_t d_tc^T (X a_t)        S^T z = sum_t (sum_c z_c d_tc) a_t^T
 """
 
 from __future__ import annotations
@@ -22,31 +24,19 @@ from torch import Tensor
 from upweight.gradients.blocks import Block, Factored, Sparse, flatten_groups
 from upweight.gradients.gradients import Gradients
 
-TILE_BYTES = 64 << 20
+TILE_BYTES = 16 << 20
 """Largest temporary of one layer."""
 
 
 class LayerRoot(Protocol):
-    """The columns of one layer for a batch; vectors x are [numel, k], coordinates z [batch, columns, k]."""
+    """The columns of one layer for a batch."""
 
-    def prepared(self, x: Tensor) -> Tensor:
-        """X in the form that `coordinates` reads, made once for all batches."""
+    def coordinates(self, x: Tensor, z: Tensor) -> None:
+        """Add ``S x`` of x [numel, k] to z [batch, columns, k]."""
         ...
 
-    def coordinates(self, prepared: Tensor, z: Tensor) -> None:
-        """Add ``S x`` to z."""
-        ...
-
-    def accumulator(self, k: int) -> Tensor:
-        """Zeros for `combine` to add to."""
-        ...
-
-    def combine(self, z: Tensor, out: Tensor) -> None:
-        """Add ``S^T z`` to an accumulator."""
-        ...
-
-    def finished(self, out: Tensor) -> Tensor:
-        """An accumulator as [numel, k]."""
+    def combined(self, z: Tensor) -> Tensor:
+        """``S^T z`` [numel, k]."""
         ...
 
     def dense(self) -> Tensor:
@@ -79,42 +69,34 @@ class SharedInputs:
     block: Factored
     shape: tuple[int, int, int]
 
-    def prepared(self, x: Tensor) -> Tensor:
-        return x if self._formed else self._inputs_first(x)
-
-    def coordinates(self, prepared: Tensor, z: Tensor) -> None:
-        k = z.shape[2]
+    def coordinates(self, x: Tensor, z: Tensor) -> None:
+        groups, rows, columns = self.shape
+        k = x.shape[1]
+        if not self._formed:  # [group, column, row * k], for one matrix product with the inputs
+            x = x.reshape(groups, rows, columns, k).transpose(1, 2).reshape(groups, columns, rows * k)
         for part in self._tiles(k):
             if self._formed:
-                z[part] += (self._dense(part) @ prepared).reshape(-1, *z.shape[1:])
+                z[part] += (self._dense(part) @ x).reshape(-1, *z.shape[1:])
                 continue
-            inputs = self._inputs(part)  # [group, batch * position, column]
-            products = torch.bmm(inputs, prepared)  # [group, batch * position, row * k]
+            products = torch.bmm(self._inputs(part), x)  # [group, batch * position, row * k]
             deltas = self.deltas[:, part].flatten(3)  # [group, batch, columns, position * row]
             for d, m in zip(deltas, products, strict=True):
                 z[part] += d @ m.reshape(len(d), d.shape[2], k)
 
-    def accumulator(self, k: int) -> Tensor:
+    def combined(self, z: Tensor) -> Tensor:
         groups, rows, columns = self.shape
-        shape = (groups * rows * columns, k) if self._formed else (groups, columns, rows * k)
-        return self.deltas.new_zeros(shape)
-
-    def combine(self, z: Tensor, out: Tensor) -> None:
         k = z.shape[2]
-        for part in self._tiles(k):
-            if self._formed:
+        if self._formed:
+            out = z.new_zeros(groups * rows * columns, k)
+            for part in self._tiles(k):
                 out.addmm_(self._dense(part).mT, z[part].reshape(-1, k))
-                continue
-            deltas = self.deltas[:, part].flatten(3)
-            mixed = deltas.mT @ z[part]  # [group, batch, position * row, k]
+            return out
+        out = z.new_zeros(groups, columns, rows * k)
+        for part in self._tiles(k):
+            mixed = self.deltas[:, part].flatten(3).mT @ z[part]  # [group, batch, position * row, k]
             inputs = self._inputs(part)
             out.baddbmm_(inputs.mT, mixed.reshape(*inputs.shape[:2], -1))
-
-    def finished(self, out: Tensor) -> Tensor:
-        if self._formed:
-            return out
-        groups, rows, columns = self.shape
-        return out.reshape(groups, columns, rows, -1).transpose(1, 2).reshape(groups * rows * columns, -1)
+        return out.reshape(groups, columns, rows, k).transpose(1, 2).reshape(groups * rows * columns, k)
 
     def dense(self) -> Tensor:
         return self._dense(slice(None))
@@ -134,11 +116,6 @@ class SharedInputs:
     def _formed(self) -> bool:
         """Whether forming the columns takes fewer operations than going through every position."""
         return self.deltas.shape[3] > self.deltas.shape[2]
-
-    def _inputs_first(self, x: Tensor) -> Tensor:
-        groups, rows, columns = self.shape
-        k = x.shape[1]
-        return x.reshape(groups, rows, columns, k).transpose(1, 2).reshape(groups, columns, rows * k)
 
     def _inputs(self, part: slice) -> Tensor:
         return self.block[part].right().flatten(1, 2)
@@ -165,20 +142,11 @@ class Formed:
 
     values: Tensor
 
-    def prepared(self, x: Tensor) -> Tensor:
-        return x
+    def coordinates(self, x: Tensor, z: Tensor) -> None:
+        z += (self.values.flatten(0, 1) @ x).reshape(z.shape)
 
-    def coordinates(self, prepared: Tensor, z: Tensor) -> None:
-        z += (self.values.flatten(0, 1) @ prepared).reshape(z.shape)
-
-    def accumulator(self, k: int) -> Tensor:
-        return self.values.new_zeros(self.values.shape[2], k)
-
-    def combine(self, z: Tensor, out: Tensor) -> None:
-        out.addmm_(self.values.flatten(0, 1).mT, z.flatten(0, 1))
-
-    def finished(self, out: Tensor) -> Tensor:
-        return out
+    def combined(self, z: Tensor) -> Tensor:
+        return self.values.flatten(0, 1).mT @ z.flatten(0, 1)
 
     def dense(self) -> Tensor:
         return self.values.flatten(0, 1)
@@ -203,25 +171,18 @@ class LookedUp:
     rows: Tensor
     table: tuple[int, int]
 
-    def prepared(self, x: Tensor) -> Tensor:
-        return x
-
-    def coordinates(self, prepared: Tensor, z: Tensor) -> None:
+    def coordinates(self, x: Tensor, z: Tensor) -> None:
         for part in self._tiles(z.shape[2]):
-            seen = prepared.reshape(*self.table, -1)[self.ids[part]]  # [batch, position, width, k]
+            seen = x.reshape(*self.table, -1)[self.ids[part]]  # [batch, position, width, k]
             z[part] += self.rows[part].flatten(2) @ seen.flatten(1, 2)
 
-    def accumulator(self, k: int) -> Tensor:
-        return self.rows.new_zeros(self.table[0] * self.table[1], k)
-
-    def combine(self, z: Tensor, out: Tensor) -> None:
-        table = out.reshape(*self.table, -1)
-        for part in self._tiles(z.shape[2]):
+    def combined(self, z: Tensor) -> Tensor:
+        k = z.shape[2]
+        out = z.new_zeros(*self.table, k)
+        for part in self._tiles(k):
             mixed = self.rows[part].flatten(2).mT @ z[part]  # [batch, position * width, k]
-            table.index_add_(0, self.ids[part].flatten(), mixed.reshape(-1, self.table[1], z.shape[2]))
-
-    def finished(self, out: Tensor) -> Tensor:
-        return out
+            out.index_add_(0, self.ids[part].flatten(), mixed.reshape(-1, self.table[1], k))
+        return out.reshape(-1, k)
 
     def dense(self) -> Tensor:
         batch, columns = self.rows.shape[:2]
@@ -268,49 +229,25 @@ class Root:
         """[batch * columns, p]."""
         return torch.cat([layer.dense() for layer in self.layers.values()], 1)
 
+    def product(self, x: Mapping[str, Tensor], blocks: bool) -> dict[str, Tensor]:
+        """``S^T S x`` for x {layer: [numel, k]}, or without what couples different layers (`blocks`)."""
+        k = next(iter(x.values())).shape[1]
+        out: dict[str, Tensor] = {}
+        z: Tensor | None = None
+        for name, layer in self.layers.items():
+            if blocks or z is None:
+                z = x[name].new_zeros(self.batch, self.columns, k)
+            layer.coordinates(x[name], z)
+            if blocks:
+                out[name] = layer.combined(z)
+        if z is not None and not blocks:
+            out = {name: layer.combined(z) for name, layer in self.layers.items()}
+        return out
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(layer.nbytes for layer in self.layers.values())
-
-
-class RootProduct:
-    """``sum over batches of S^T S x``, one batch at a time.
-
-    Args:
-        x: {layer: [numel, k]}.
-        blocks: leave out what couples different layers.
-    """
-
-    def __init__(self, x: Mapping[str, Tensor], blocks: bool) -> None:
-        self.x, self.blocks = x, blocks
-        self._prepared: dict[tuple[str, type, bool], Tensor] = {}
-        self.total = {name: torch.zeros_like(part, dtype=torch.float64) for name, part in x.items()}
-
-    def add(self, root: Root) -> None:
-        """Add one batch. Sums of different batches are taken in float64."""
-        k = next(iter(self.x.values())).shape[1]
-        z: Tensor | None = None
-        for name, layer in root.layers.items():
-            if self.blocks or z is None:
-                z = self.x[name].new_zeros(root.batch, root.columns, k)
-            layer.coordinates(self._prepare(name, layer), z)
-            if self.blocks:
-                self._combine(name, layer, z)
-        if not self.blocks and z is not None:
-            for name, layer in root.layers.items():
-                self._combine(name, layer, z)
-
-    def _combine(self, name: str, layer: LayerRoot, z: Tensor) -> None:
-        out = layer.accumulator(z.shape[2])
-        layer.combine(z, out)
-        self.total[name] += layer.finished(out)
-
-    def _prepare(self, name: str, layer: LayerRoot) -> Tensor:
-        key = (name, type(layer), isinstance(layer, SharedInputs) and layer._formed)
-        if key not in self._prepared:  # a layer may change its form from batch to batch, with the length
-            self._prepared[key] = layer.prepared(self.x[name])
-        return self._prepared[key]
 
 
 def _layer_root(columns: Sequence[Block]) -> LayerRoot:

@@ -96,6 +96,7 @@ class Direct:
         if self._values is None or self._vectors is None:
             self._values, self._vectors = torch.linalg.eigh(self._matrix(operator))
             self._dense = self._factor = None  # the spectrum says it all
+        assert self._values is not None and self._vectors is not None
         return self._values, self._vectors
 
     def _diagonalises(self, operator: LinearOperator) -> bool:
@@ -141,7 +142,8 @@ def check_definite(values: Tensor, damping: float) -> None:
     if smallest < -rounding(values):
         raise UpweightError(
             f"the curvature is indefinite: its smallest eigenvalue {smallest:.3g} <= -damping, with "
-            f"damping={damping:g}, expected a positive definite sum -> use curvature='ggn' or a damping above {-1.5 * smallest:.2g}"
+            f"damping={damping:g}, expected a positive definite sum -> use curvature='ggn' or "
+            f"damping={-1.5 * smallest:.2g}"
         )
     raise UpweightError(
         f"damping={damping:g} leaves the curvature singular (smallest eigenvalue {smallest:.1e}, largest "
