@@ -35,13 +35,15 @@ def influence_info(method: Influence, fitted: Fitted) -> dict[str, Any]:
     return {
         "method": "influence",
         "curvature": method.curvature,
-        "fisher": kind if method.curvature != "identity" else None,
+        "fisher": kind if method.curvature not in ("identity", "hessian") else None,
         "fisher_columns": columns,
         "represented": fitted.curvature.info.get("represented", {}),
-        "damping": f"{method.damping.value:g} x mean eigenvalue"
-        if method.damping.relative
-        else method.damping.value,
+        "damping": fitted.curvature.info.get("auto_damping", {}).get("damping")
+        if method.damping.auto and "auto_damping" in fitted.curvature.info
+        else method.damping.describe(),
+        "l2": method.l2,
         "layer_damping": fitted.curvature.damping(method.damping),
+        **{key: fitted.curvature.info[key] for key in ("auto_damping",) if key in fitted.curvature.info},
         "higher_is_better": method.task.higher_is_better,
         "convention": "positive = proponent: removing the training example is predicted to make the query worse",
         "coverage": {

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upweight.attributors.exact import fit_exact
 from upweight.budget import KEEP_SHARE, batch_size_for
 from upweight.cache import Cache, CachePass, SavedCurvature, shard_examples
 from upweight.curvature import Curvature, fit_curvature
+from upweight.curvature.exact import EXACT_KINDS
+from upweight.curvature.solved import SolvedCurvature
 from upweight.data import Examples, signature
 from upweight.fingerprint import model_fingerprint, model_versions
 from upweight.gradients import Gradients, Tracker
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
     from upweight.attributors.base import Attributor
     from upweight.attributors.influence import Influence
 
-CALIBRATED = ("kfac", "ekfac")
+KRONECKER = ("kfac", "ekfac")
+CALIBRATED = (*KRONECKER, *EXACT_KINDS)
 """Curvatures whose scores are in the measurement's unit; the others only rank."""
 PROBE_EXAMPLES = 272
 """Training examples on which separable routes are tried: 16 as queries, the rest as training examples."""
@@ -55,7 +59,7 @@ class Fitted:
     tracker: Tracker
     examples: Examples
     training: Pass[Gradients]
-    curvature: Curvature
+    curvature: Curvature | SolvedCurvature
     fisher: tuple[FisherKind, int]
     batch_size: int
     example_bytes: float
@@ -94,24 +98,34 @@ def fit_influence(
     chosen = batch_size_for(example_bytes, examples.n, method.memory)
     size = examples.preferred_batch_size or method.batch_size or chosen
     cache = Cache(cache) if isinstance(cache, (str, os.PathLike)) else cache
-    with torch.no_grad():
-        batch = tracker.move(examples.take(spread(examples.n, 2)))
-        kind, columns = resolve_fisher(method.task, method.model, batch, method.fisher, method.draws)
+    if cache is not None and cache.precision == "index":
+        check_index_use(method.curvature, per_layer=False)
+    if method.curvature in EXACT_KINDS:
+        exact = fit_exact(method, tracker, examples)
+        fisher = (exact.operator.fisher, exact.operator.columns)
+    else:
+        exact = None
+        fisher = _resolve_fisher(method, tracker, examples)
     training = _training_pass(method, tracker, examples, size, example_bytes, cache)
     saved = None
     if cache is not None:
         manifest = run_manifest(method, tracker, examples)
         saved = SavedCurvature(cache, manifest, first_losses(tracker, examples))
-    curvature, fitted_from = _fit_curvature(method, tracker, examples, training, kind, columns, size, saved)
     index = None
-    if cache is not None and cache.precision == "index":
-        index = _build_index(method, tracker, examples, curvature, (kind, columns), cache, example_bytes)
+    if exact is not None:
+        curvature, fitted_from = exact, "model"
+    else:
+        curvature, fitted_from = _fit_curvature(
+            method, tracker, examples, training, fisher[0], fisher[1], size, saved
+        )
+        if cache is not None and cache.precision == "index":
+            index = _build_index(method, tracker, examples, curvature, fisher, cache, example_bytes)
     return Fitted(
         tracker=tracker,
         examples=examples,
         training=training,
         curvature=curvature,
-        fisher=(kind, columns),
+        fisher=fisher,
         batch_size=size,
         example_bytes=example_bytes,
         sample=None if index is not None else _sample(method, tracker, examples, probe, size),
@@ -121,6 +135,12 @@ def fit_influence(
         signature=signature(examples.take([0])),
         notes={"curvature_from": fitted_from, "fit_seconds": round(time.perf_counter() - started, 3)},
     )
+
+
+def _resolve_fisher(method: Influence, tracker: Tracker, examples: Examples) -> tuple[FisherKind, int]:
+    with torch.no_grad():
+        batch = tracker.move(examples.take(spread(examples.n, 2)))
+        return resolve_fisher(method.task, method.model, batch, method.fisher, method.draws)
 
 
 def run_manifest(method: Influence | Attributor, tracker: Tracker, examples: Examples) -> dict[str, Any]:
@@ -236,7 +256,7 @@ def _sample(
     """Gradients of evenly spread training examples for the layers that may have a separable route; None without any."""
     names = [name for name, block in probe.items() if may_separate(block)]
     exact = method.tolerance == 0 or tracker.dtype == torch.float64
-    if not names or exact or method.curvature not in CALIBRATED:
+    if not names or exact or method.curvature not in KRONECKER:
         return None
     positions = spread(examples.n, PROBE_EXAMPLES)
     parts = []

@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from upweight.attributors.base import explained_by_form
 from upweight.attributors.evidence import influence_info, measure_separable_error
+from upweight.attributors.exact import check_curvature, solve_evidence, solver_name
 from upweight.attributors.fitted import CALIBRATED, Fitted, first_losses, fit_influence, run_manifest, spread
 from upweight.attributors.tiles import WHOLE, ScoreTiles, fill_tiles
 from upweight.budget import PANEL_SHARE, batch_size_for, parse_memory
 from upweight.cache import Cache
-from upweight.curvature import KINDS, Damping, Inverse
+from upweight.curvature import Damping
 from upweight.curvature.damping import DampingLike
+from upweight.curvature.exact import EXACT_KINDS
+from upweight.curvature.solvers import Preconditioner, Solver
 from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.fingerprint import model_fingerprint, model_versions
@@ -41,20 +44,29 @@ Result = TypeVar("Result")
 
 
 class Influence:
-    """Influence functions with a structured curvature.
+    """Influence functions with a structured or an exact curvature.
 
     ``scores[query, train] = (1/n) grad m_q^T (H + damping I)^-1 grad l_i``, positive for proponents, in the
-    measurement's unit (the predicted change on removal) for ``"kfac"`` and ``"ekfac"``; ``"identity"`` and
-    ``"diagonal"`` only rank.
+    measurement's unit (the predicted change on removal) for ``"kfac"``, ``"ekfac"``, ``"ggn"`` and ``"hessian"``;
+    ``"identity"`` and ``"diagonal"`` only rank.
 
     Args:
         model: a trained model in eval mode. Nothing on it is changed.
         task: its training loss and what is asked of queries.
-        curvature: ``"ekfac"``, ``"kfac"``, ``"diagonal"`` or ``"identity"``.
-        damping: ``"auto"`` (a tenth of each layer's mean eigenvalue), a number for all layers, ``{layer: number}``,
-            or a `Damping`.
+        curvature: ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"``; or exact over all tracked parameters:
+            ``"ggn"`` (the Gauss-Newton matrix) and ``"hessian"``.
+        damping: ``"auto"`` (a tenth of each layer's mean eigenvalue; for exact curvatures see
+            `upweight.curvature.auto_damping`), a number for all layers, ``"0.1 mean"`` or ``"0.01 top"`` (eigenvalue),
+            ``{layer: any of these}``, or a `Damping`.
+        solver: for exact curvatures: ``"direct"``, ``"cg"``, ``"lissa"``, ``"arnoldi"``, ``"nystrom"``, ``"astra"``,
+            ``"dual"``, or an object with `name` and `solve`; None for ``"direct"`` up to 6,000 parameters where the
+            dense matrix fits the memory budget, else ``"cg"``.
+        preconditioner: of the solver: ``"ekfac"``, ``"diagonal"``, an object with ``@``, None, or ``"auto"``: EK-FAC
+            for ``"cg"`` and ``"astra"``.
+        l2: for exact curvatures: the regulariser ``(l2/2) |theta|^2`` of the training objective, which is part of H.
         fisher: ``"exact"`` expectation over the model's predictions, ``"sampled"`` (`draws` per example),
-            ``"empirical"`` (the data's labels), or ``"auto"``: the most faithful that the number of classes allows.
+            ``"empirical"`` (the data's labels), or ``"auto"``: the most faithful that the number of classes allows
+            (always exact for ``"ggn"``).
         draws: targets per example for ``"sampled"``.
         parameters: which parameters to track: None for all trainable ones, a regular expression, or a function of
             the name.
@@ -94,6 +106,9 @@ class Influence:
         *,
         curvature: str = "ekfac",
         damping: DampingLike = "auto",
+        solver: str | Solver | None = None,
+        preconditioner: str | Preconditioner | None = "auto",
+        l2: float = 0.0,
         fisher: str = "auto",
         draws: int = 4,
         parameters: ParameterFilter = None,
@@ -108,8 +123,7 @@ class Influence:
             raise UpweightError(
                 f"task is {type(task).__name__}, expected a Task -> uw.Classification() for example"
             )
-        if curvature not in KINDS:
-            raise UpweightError(f"curvature={curvature!r} is unknown -> use one of {list(KINDS)}")
+        check_curvature(curvature, solver, l2)
         if batch_size is not None and batch_size < 1:
             raise UpweightError(
                 f"batch_size={batch_size}, expected at least 1 -> leave it None to have it chosen"
@@ -120,6 +134,7 @@ class Influence:
             raise UpweightError(f"tolerance={tolerance}, expected 0 <= tolerance < 1 -> 1e-3 is the default")
         self.model, self.task, self.curvature = model, task, curvature
         self.damping = Damping.of(damping)
+        self.solver, self.preconditioner, self.l2 = solver, preconditioner, float(l2)
         self.fisher, self.draws, self.parameters = fisher, draws, parameters
         self.memory, self.batch_size, self.tolerance = parse_memory(memory), batch_size, tolerance
         self.seed, self.autocast, self.progress = seed, autocast, progress
@@ -183,7 +198,7 @@ class Influence:
         grid = {"panel": self._panel_size(queries.n), "step": fitted.step}
         manifest, evidence = self._result_manifest(queries, per_layer), self._evidence(queries, out)
 
-        def panel(start: int, stop: int) -> Gradients | WhitenedQueries:
+        def panel(start: int, stop: int) -> Any:
             return self._preconditioned(queries, start, stop, inverse, router)
 
         def product(preconditioned: Any, train_gradients: Any) -> dict[str, Tensor]:
@@ -199,6 +214,7 @@ class Influence:
             "queries": queries.fingerprint(),
             "routes": dict(router.chosen),
             "separable_error": self._separable_error(queries, inverse, router),
+            **solve_evidence(inverse),
             "attribute_seconds": round(time.perf_counter() - started, 3),
         }
         return Scores(values, queries.ids, fitted.examples.ids, self._unit(self.task.unit), info, layers)
@@ -224,9 +240,8 @@ class Influence:
                 for part in parts.values():
                     values[step.start : step.stop] += (part / n).cpu()
                 advance(step.stop - step.start)
-        return SelfInfluence(
-            values, fitted.examples.ids, self._unit("training loss"), influence_info(self, fitted)
-        )
+        info = influence_info(self, fitted) | solve_evidence(inverse)
+        return SelfInfluence(values, fitted.examples.ids, self._unit("training loss"), info)
 
     def with_damping(self, damping: DampingLike) -> Influence:
         """The same fit with another damping: the eigenvalues are kept raw, so this costs no pass over the data."""
@@ -248,9 +263,7 @@ class Influence:
             self._routers[key] = Router(terms)
         return self._routers[key]
 
-    def _preconditioned(
-        self, queries: Examples, start: int, stop: int, inverse: Inverse, router: Router
-    ) -> Gradients | WhitenedQueries:
+    def _preconditioned(self, queries: Examples, start: int, stop: int, inverse: Any, router: Router) -> Any:
         """``(H + damping I)^-1 grad m_q`` for a panel of queries, in the form that the training gradients ask for."""
         fitted = self._ready()
         size = min(stop - start, batch_size_for(fitted.example_bytes, stop - start, self.memory))
@@ -258,6 +271,8 @@ class Influence:
         gradients = (self._query_gradients(queries, positions) for positions in batches)
         if fitted.index is not None:
             return WhitenedQueries.concatenate([fitted.index.query(g) for g in gradients])
+        if self.curvature in EXACT_KINDS:  # one solve for the whole panel
+            return inverse @ Gradients.concatenate(list(gradients)).with_router(router)
         prepared = (router.prepare(inverse @ g) for g in gradients)
         return Gradients.gather(prepared, stop - start).with_router(router)
 
@@ -291,7 +306,7 @@ class Influence:
         per_query = sum(layer.numel for layer in fitted.tracker.layers.values()) * item
         return max(1, min(queries, int(self.memory * PANEL_SHARE / per_query)))
 
-    def _separable_error(self, queries: Examples, inverse: Inverse, router: Router) -> float | None:
+    def _separable_error(self, queries: Examples, inverse: Any, router: Router) -> float | None:
         fitted = self._ready()
         if not router.terms or fitted.sample is None:
             return None
@@ -320,6 +335,11 @@ class Influence:
             "queries": queries.fingerprint(),
             "measurement": str(getattr(self.task, "measurement", "function")),
             "curvature": [self.curvature, *fitted.fisher, self.seed],
+            **(
+                {"solver": solver_name(fitted.curvature), "l2": self.l2}
+                if self.curvature in EXACT_KINDS
+                else {}
+            ),
             "damping": repr(
                 self.damping
             ),  # the rule: its numbers may differ in the last digit from fit to fit

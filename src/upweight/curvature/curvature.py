@@ -32,7 +32,10 @@ class Curvature:
     def damping(self, damping: Damping) -> dict[str, float]:
         """The damping of every layer, from its raw eigenvalues."""
         damping.check_layers(list(self.layers))
-        return {name: damping.resolve(name, float(c.eigenvalues.mean())) for name, c in self.layers.items()}
+        return {
+            name: damping.resolve(name, float(c.eigenvalues.mean()), float(c.eigenvalues.max()))
+            for name, c in self.layers.items()
+        }
 
     def inverse(self, damping: Damping) -> Inverse:
         """``(H + damping I)^-1`` as an operator on `Gradients`. Costs nothing: the eigenvalues are kept raw."""

@@ -1,14 +1,16 @@
 """Damping: what is added to every eigenvalue of the curvature before it is inverted.
 
 Small damping trusts the curvature in directions that the training data hardly determines, where a score can blow up;
-large damping tends to plain gradient inner products. ``"auto"`` is a tenth of each layer's mean eigenvalue, the rule
-that most EK-FAC work uses; a number is the same absolute damping for all layers, which makes the result one ``(H +
-damping I)^-1``.
+large damping tends to plain gradient inner products. ``"auto"`` is a tenth of each layer's mean eigenvalue for
+structured curvatures, the rule that most EK-FAC work uses, and the evidence's choice for exact ones (see
+`upweight.curvature.auto_damping`); a number is the same absolute damping for all layers, which makes the result one
+``(H + damping I)^-1``.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -16,29 +18,39 @@ from typing import TypeAlias
 from upweight.errors import UpweightError
 
 AUTO_FRACTION = 0.1
+_RELATIVE = re.compile(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(mean|top)\s*")
 
 
 @dataclass(frozen=True)
 class Damping:
-    """How to damp each layer: an absolute number, or a fraction of the layer's mean eigenvalue.
+    """How to damp each layer: an absolute number, or a fraction of the layer's mean or top eigenvalue.
 
     Attributes:
         value: the number or the fraction.
-        relative: whether `value` is a fraction of the layer's mean eigenvalue.
+        relative: what `value` is a fraction of: ``"mean"`` (or True) or ``"top"``, the layer's mean or largest
+            eigenvalue (of the whole matrix for exact curvatures); False for an absolute number.
         layers: exceptions by layer name, each a `Damping`.
+        auto: chosen by a criterion where the curvature has one; `value` and `relative` are the rule elsewhere.
 
     Example:
         >>> Damping.of("auto").resolve("fc1", mean=0.5)
         0.05
         >>> Damping.of({"fc1": 0.3, "*": 1e-3}).resolve("fc2", mean=0.5)
         0.001
+        >>> Damping.of("0.01 top").resolve("fc1", mean=0.5, top=20.0)
+        0.2
     """
 
     value: float
-    relative: bool = False
+    relative: bool | str = False
     layers: tuple[tuple[str, Damping], ...] = ()
+    auto: bool = False
 
     def __post_init__(self) -> None:
+        if self.relative not in (False, True, "mean", "top"):
+            raise UpweightError(
+                f"relative={self.relative!r}, expected 'mean' or 'top' (eigenvalue) -> Damping(0.01, relative='top')"
+            )
         if not (isinstance(self.value, (int, float)) and math.isfinite(self.value) and self.value >= 0):
             raise UpweightError(
                 f"damping={self.value!r}, expected a finite number >= 0 -> try 'auto' or 1e-3"
@@ -46,30 +58,42 @@ class Damping:
 
     @staticmethod
     def of(damping: DampingLike) -> Damping:
-        """Read ``"auto"``, a number, ``{layer name: any of these}`` (``"*"`` for the rest), or a `Damping`."""
+        """Read ``"auto"``, a number, ``"0.1 mean"``, ``"0.01 top"``, ``{layer name: any of these}`` or a `Damping`.
+
+        In a dict, ``"*"`` is for the rest of the layers.
+        """
         if isinstance(damping, Damping):
             return damping
         if damping == "auto":
-            return Damping(AUTO_FRACTION, relative=True)
+            return Damping(AUTO_FRACTION, relative=True, auto=True)
+        if isinstance(damping, str) and (match := _RELATIVE.fullmatch(damping)):
+            return Damping(float(match[1]), relative=match[2])
         if isinstance(damping, (int, float)) and not isinstance(damping, bool):
             return Damping(float(damping))
         if isinstance(damping, Mapping):
             rest = Damping.of(damping.get("*", "auto"))
             named = tuple((name, Damping.of(d)) for name, d in damping.items() if name != "*")
-            return Damping(rest.value, rest.relative, named)
+            return Damping(rest.value, rest.relative, named, rest.auto)
         raise UpweightError(
-            f"damping={damping!r}, expected 'auto', a number or {{layer: number}} -> try 'auto'"
+            f"damping={damping!r}, expected 'auto', a number, '0.1 mean', '0.01 top' or {{layer: number}} -> try 'auto'"
         )
 
-    def resolve(self, layer: str, mean: float) -> float:
-        """The damping of one layer with this mean eigenvalue."""
+    def resolve(self, layer: str, mean: float, top: float = 0.0) -> float:
+        """The damping of one layer with this mean and this largest eigenvalue."""
         for name, damping in self.layers:
             if name == layer:
-                return damping.resolve(layer, mean)
+                return damping.resolve(layer, mean, top)
         if not self.relative:
             return float(self.value)
+        scale = top if self.relative == "top" else mean
         # A layer without any curvature has no gradient either: any damping gives its zero scores.
-        return self.value * mean if mean > 0 else 1.0
+        return self.value * scale if scale > 0 else 1.0
+
+    def describe(self) -> float | str:
+        """The rule in words, or the number."""
+        if not self.relative:
+            return self.value
+        return f"{self.value:g} x {'top' if self.relative == 'top' else 'mean'} eigenvalue"
 
     def check_layers(self, known: list[str]) -> None:
         """Raise if an exception names a layer that does not exist."""

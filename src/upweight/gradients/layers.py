@@ -7,9 +7,11 @@ and a weight used in two places are each one layer whose uses are summed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 
@@ -61,6 +63,21 @@ class MatrixLayer:
             out[self.weight] = matrix.mT if self.transposed else matrix
         return out
 
+    def from_parameters(self, named: Mapping[str, Tensor]) -> Tensor:
+        """{parameter name: [batch, *parameter shape]} as flat gradients [batch, numel]: undoes `to_parameters`."""
+        groups, rows, columns = self.shape
+        weight = named[self.weight]
+        batch = len(weight)
+        if self.convolution:
+            weight = weight.movedim(2, -1)
+        elif self.transposed:
+            weight = weight.mT
+        blocks = weight.reshape(batch, groups, rows, columns - (self.bias is not None))
+        if self.bias is not None:
+            bias = named[self.bias].reshape(batch, groups, rows, 1)
+            blocks = torch.cat([blocks, bias], -1)
+        return blocks.flatten(1)
+
 
 @dataclass(frozen=True)
 class TableLayer:
@@ -82,6 +99,10 @@ class TableLayer:
     def to_parameters(self, flat: Tensor) -> dict[str, Tensor]:
         """Flat gradients [batch, numel] as {parameter name: [batch, *parameter shape]}."""
         return {self.weight: flat.reshape(len(flat), *self.table)}
+
+    def from_parameters(self, named: Mapping[str, Tensor]) -> Tensor:
+        """{parameter name: [batch, *parameter shape]} as flat gradients [batch, numel]: undoes `to_parameters`."""
+        return named[self.weight].flatten(1)
 
 
 @dataclass(frozen=True)
@@ -112,5 +133,23 @@ class VectorLayer:
         """Flat gradients [batch, numel] as {parameter name: [batch, *parameter shape]}."""
         return {self.weight: flat.reshape(len(flat), *self.weight_shape)}
 
+    def from_parameters(self, named: Mapping[str, Tensor]) -> Tensor:
+        """{parameter name: [batch, *parameter shape]} as flat gradients [batch, numel]: undoes `to_parameters`."""
+        return named[self.weight].reshape(len(named[self.weight]), self.numel)
+
 
 Layer: TypeAlias = MatrixLayer | TableLayer | VectorLayer
+
+
+def to_parameters(layers: Mapping[str, Layer], flat: Tensor) -> dict[str, Tensor]:
+    """Vectors [batch, p] in the order of `Gradients.dense` as {parameter name: [batch, *parameter shape]}."""
+    parts = flat.split([layer.numel for layer in layers.values()], 1)
+    out: dict[str, Tensor] = {}
+    for layer, part in zip(layers.values(), parts, strict=True):
+        out |= layer.to_parameters(part)
+    return out
+
+
+def from_parameters(layers: Mapping[str, Layer], named: Mapping[str, Tensor]) -> Tensor:
+    """{parameter name: [batch, *parameter shape]} as [batch, p] in the order of `Gradients.dense`."""
+    return torch.cat([layer.from_parameters(named) for layer in layers.values()], 1)

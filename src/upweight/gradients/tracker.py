@@ -135,7 +135,7 @@ class Tracker:
     # Capture -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _quietly(self, seed: int | None = None) -> Iterator[None]:
+    def quietly(self, seed: int | None = None) -> Iterator[None]:
         """The global random states as they were afterwards, autocast if asked for."""
         devices = [self.device] if self.device.type == "cuda" else []
         with (
@@ -149,7 +149,7 @@ class Tracker:
     def _watch(
         self, batch: Any, scalars: Scalars, seed: int | None = None
     ) -> tuple[Tensor, Tensor | None, Tap]:
-        with self._quietly(seed), Tap(self._names) as tap:
+        with self.quietly(seed), Tap(self._names) as tap:
             losses, drawn = scalars(self.model, batch, None)
         return losses, drawn, tap
 
@@ -230,7 +230,7 @@ class Tracker:
         grads: dict[str, Tensor] | None = None
         if self._vectorises and reproducible:
             try:
-                with self._quietly():
+                with self.quietly():
                     grads = vmapped(self.model, parameters, scalars, batch, drawn)
             except Exception:  # torch.func refuses in many ways; the loop below refuses none
                 self._vectorises = False
@@ -243,7 +243,7 @@ class Tracker:
     @torch.inference_mode(False)
     @torch.enable_grad()
     def _trace(self, examples: Examples) -> None:
-        with self._quietly():
+        with self.quietly():
             (first, second), self.output_shape = pick_probe(
                 self.model, self.task, examples, self._names, self.move
             )

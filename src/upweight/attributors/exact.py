@@ -1,0 +1,101 @@
+"""What `Influence` does with an exact curvature: check the arguments, choose the solver, fit, report how it solved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, get_args
+
+from upweight.curvature import KINDS
+from upweight.curvature.exact import EXACT_KINDS, ExactCurvature
+from upweight.curvature.solved import SolvedCurvature, solve_summary
+from upweight.curvature.solvers import Solver, make_solver
+from upweight.curvature.solvers.direct import Direct
+from upweight.data import Examples
+from upweight.errors import UpweightError
+from upweight.gradients import Tracker
+from upweight.task import FisherKind
+
+if TYPE_CHECKING:
+    from upweight.attributors.influence import Influence
+
+DIRECT_UP_TO = 6000
+"""Parameters up to which the dense inverse is the default: a few seconds."""
+STRUCTURED = ("ekfac", "kfac", "diagonal")
+"""Preconditioners by name."""
+
+
+def check_curvature(curvature: str, solver: str | Solver | None, l2: float) -> None:
+    """Raise unless curvature, solver and regulariser are known and go together."""
+    if curvature not in (*KINDS, *EXACT_KINDS):
+        raise UpweightError(f"curvature={curvature!r} is unknown -> use one of {[*KINDS, *EXACT_KINDS]}")
+    if not (isinstance(l2, (int, float)) and 0 <= l2 < float("inf")):
+        raise UpweightError(f"l2={l2!r}, expected a finite number >= 0 -> 0 if nothing was penalised")
+    if solver is not None and solver != "dual":
+        make_solver(solver)
+    if curvature in EXACT_KINDS:
+        if solver == "dual" and curvature == "hessian":
+            raise UpweightError(
+                "solver='dual' needs H as a sum of squares, which a Hessian is not -> use curvature='ggn' or "
+                "another solver"
+            )
+        return
+    if solver is not None:
+        raise UpweightError(
+            f"solver={solver!r} does not apply to curvature={curvature!r}, whose inverse is known in closed form -> "
+            "leave it None, or use curvature='ggn' or 'hessian'"
+        )
+    if l2:
+        raise UpweightError(
+            f"l2={l2:g} does not apply to curvature={curvature!r}, which models the loss alone -> add it to a number "
+            "as damping, or use curvature='ggn' or 'hessian'"
+        )
+
+
+def fit_exact(method: Influence, tracker: Tracker, examples: Examples) -> SolvedCurvature:
+    """The exact curvature with its solver, ready to solve."""
+    fisher: Any = "exact" if method.fisher == "auto" or method.curvature == "hessian" else method.fisher
+    if fisher not in get_args(FisherKind):
+        raise UpweightError(f"fisher={fisher!r} is unknown -> use 'auto', 'exact', 'sampled' or 'empirical'")
+    operator = ExactCurvature(
+        tracker,
+        examples,
+        method.curvature,
+        method.l2,
+        method.batch_size,
+        fisher=fisher,
+        draws=method.draws,
+        seed=method.seed,
+        memory=method.memory,
+    )
+    solver = _choose_solver(method, operator)
+    if isinstance(solver, Direct):
+        operator.check_dense()
+    preconditioner = method.preconditioner
+    if preconditioner == "auto":
+        preconditioner = "ekfac" if solver != "dual" and solver.name in ("cg", "astra") else None
+    if isinstance(preconditioner, str) and preconditioner not in STRUCTURED:
+        raise UpweightError(
+            f"preconditioner={preconditioner!r} is unknown -> use 'auto', None, one of {list(STRUCTURED)} or an object"
+        )
+    represented = dict.fromkeys(tracker.layers, f"exact {method.curvature}, one matrix over all layers")
+    curvature = SolvedCurvature(operator, solver, preconditioner, {"represented": represented})
+    curvature.prepare(method.damping)
+    return curvature
+
+
+def solver_name(curvature: Any) -> str:
+    """The name of what solves with a curvature."""
+    return curvature.solver if isinstance(curvature.solver, str) else curvature.solver.name
+
+
+def solve_evidence(inverse: Any) -> dict[str, Any]:
+    """How well an inverse's systems were solved, for a result's evidence; nothing for closed forms."""
+    solves = getattr(inverse, "solves", [])
+    return {"solve": solve_summary(solves)} if solves else {}
+
+
+def _choose_solver(method: Influence, operator: ExactCurvature) -> Any:
+    if method.solver == "dual":
+        return "dual"
+    if method.solver is not None:
+        return make_solver(method.solver)
+    return make_solver("direct" if operator.size <= DIRECT_UP_TO and operator.fits_dense() else "cg")
