@@ -1,7 +1,7 @@
 """The Fisher columns of all training examples as the rows of one matrix S [N, p] that is never formed.
 
-The columns s_c of example i (see `Task.pseudo_losses`) make its Fisher ``sum_c s_c s_c^T``, so ``H = (1/n) S^T S``. What
-is asked of S is inner products: with itself (the Gram matrix) and with other gradients.
+The columns s_c of example i (see `Task.pseudo_losses`) make its Fisher ``sum_c s_c s_c^T``, so ``H = (1/n) S^T S``.
+What is asked of S is inner products: with itself (the Gram matrix) and with other gradients.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from upweight.gradients import Factored, Gradients
-from upweight.gradients.gradients import Transposed
+from upweight.gradients.blocks import Block, cast
+from upweight.gradients.contraction import tiles
 from upweight.passes import Kept, Pass, Step
 
 TILE_BYTES, TILE_ROWS = 128 << 20, 2048
@@ -65,12 +66,13 @@ class Columns:
         _mirror(out)
         return out
 
-    def products(self, gradients: Gradients) -> Tensor:
-        """``S G^T`` [N, batch]."""
-        out = torch.empty(self.size, gradients.batch, dtype=self.dtype, device=self.kept.device)
-        right = gradients.to(self.dtype).T
+    def products(self, gradients: Gradients, dtype: torch.dtype | None = None) -> Tensor:
+        """``S G^T`` [N, batch], in this precision."""
+        dtype = dtype or self.dtype
+        out = torch.empty(self.size, gradients.batch, dtype=dtype, device=self.kept.device)
+        right = gradients.to(dtype).T
         for rows, columns in self.tiles():
-            out[rows] = columns @ right
+            out[rows] = columns.to(dtype) @ right
         return out
 
     def products_by_layer(self, gradients: Gradients) -> dict[str, Tensor]:
@@ -78,6 +80,31 @@ class Columns:
         right = gradients.to(self.dtype).T
         parts = [columns.by_layer(right) for _, columns in self.tiles()]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def combine(self, weights: Tensor) -> dict[str, Tensor]:
+        """``W S`` of weights W [k, N]: k vectors as large as the parameters, {layer: [k, numel]}, in float64."""
+        total: dict[str, Tensor] = {}
+        for rows, columns in self.tiles():
+            for name, block in columns.items():
+                part = _combined(block, weights[:, rows].double())
+                total[name] = total[name] + part if name in total else part
+        return total
+
+
+def _combined(block: Block, weights: Tensor) -> Tensor:
+    """``sum_b w_b G_b`` [k, numel], without forming a G_b that is known by its factors."""
+    out: Tensor | None = None
+    for rows in tiles(block):
+        part, w = block[rows], weights[:, rows]
+        if isinstance(part, Factored):
+            left, right = part.left().double(), part.right().double()
+            sums = [(left * row[:, None, None]).flatten(1, 2).mT @ right.flatten(1, 2) for row in w]
+            combined = torch.stack([s.flatten() for s in sums])
+        else:
+            combined = w @ cast(part, torch.float64).dense()
+        out = combined if out is None else out + combined
+    assert out is not None
+    return out
 
 
 class _Picked:

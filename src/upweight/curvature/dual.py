@@ -27,10 +27,11 @@ from torch import Tensor
 
 from upweight.curvature.columns import Columns
 from upweight.curvature.damping import Damping
-from upweight.curvature.gram import GramSystem, heaviest
+from upweight.curvature.gram import GramSolution, GramSystem, heaviest
 from upweight.curvature.solvers.base import SolveInfo
 from upweight.errors import UpweightError
 from upweight.gradients import Gradients
+from upweight.gradients.blocks import Dense
 from upweight.gradients.norms import squared_norms
 from upweight.passes import Kept, Pass
 
@@ -41,6 +42,8 @@ NEGLIGIBLE = {torch.float32: 1e-5, torch.float64: 1e-14}
 """Columns may be left out while their trace is below this share of n d: what that may add to a relative residual."""
 PROMISED = {torch.float32: 5e-5, torch.float64: 1e-9}
 """Relative residual that is solved for."""
+CHECKED = 4
+"""Queries of a panel, the worst, whose residual is computed once more without the Gram matrix, whose rounding shows."""
 SOURCE_SHARE, COLUMNS_SHARE = 0.25, 0.25
 """Shares of the memory for the columns as they come and for those that are kept."""
 
@@ -112,7 +115,13 @@ class DualCurvature:
             )
         return damping.resolve("*", self.mean_eigenvalue())
 
-    def inverse(self, damping: float, l2: float = 0.0, spectrum: bool = False) -> DualInverse:
+    def inverse(
+        self,
+        damping: float,
+        l2: float = 0.0,
+        spectrum: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> DualInverse:
         """``(H + (damping + l2) I)^-1``.
 
         Args:
@@ -120,6 +129,7 @@ class DualCurvature:
             l2: coefficient of an L2 term of the training objective over all tracked parameters, which adds as much.
             spectrum: find the Gram matrix's eigenvectors instead of a Cholesky factor: some ten times the time, once,
                 after which another damping costs nothing. Pays for a curve of many dampings.
+            dtype: precision of the Gram matrix; the model's if None, or float64 where that fails.
 
         Returns:
             The inverse, to be multiplied with query gradients.
@@ -130,10 +140,10 @@ class DualCurvature:
         total = damping + l2
         if not total > 0:
             raise UpweightError(
-                f"damping + l2 = {total:g}, expected a positive number: {self.norms.numel():,} gradient columns need not "
-                f"span {self.parameters:,} parameters -> damping=1e-3 for example"
+                f"damping + l2 = {total:g}, expected a positive number: {self.norms.numel():,} gradient columns need "
+                f"not span {self.parameters:,} parameters -> damping=1e-3 for example"
             )
-        built, shift = self._gram(total, self.dtype), self.n * total
+        built, shift = self._gram(total, dtype or self.dtype), self.n * total
         try:
             system = _factorise(built, shift, spectrum)
         except UpweightError:
@@ -148,7 +158,11 @@ class DualCurvature:
         weights = self.norms.flatten()
         chosen = heaviest(weights, NEGLIGIBLE[self.dtype] * self.n * total)
         built = self._built
-        if built is not None and built.columns.size >= len(chosen) and built.gram.dtype in (dtype, torch.float64):
+        if (
+            built is not None
+            and built.columns.size >= len(chosen)
+            and built.gram.dtype in (dtype, torch.float64)
+        ):
             return built
         self._built = None  # two of them need not fit
         self._check_memory(len(chosen), dtype)
@@ -167,7 +181,11 @@ class DualCurvature:
         if 2 * gram <= room:
             return
         sampled = 2 * n**2 * torch.finfo(dtype).bits // 8
-        way = f"fisher='sampled' with draws=1 takes {_bytes(sampled)}, " if columns > 1 and sampled <= room else ""
+        way = (
+            f"fisher='sampled' with draws=1 takes {_bytes(sampled)}, "
+            if columns > 1 and sampled <= room
+            else ""
+        )
         raise UpweightError(
             f"the Gram matrix of {size:,} gradient columns ({n:,} examples x {columns}) and its factor take "
             f"{_bytes(2 * gram)}, but {_bytes(room)} are free for it (half of memory={_bytes(self.memory)}) -> {way}"
@@ -197,12 +215,23 @@ class DualInverse:
 
     def __matmul__(self, gradients: Gradients) -> DualQueries:
         """Preconditioned queries."""
-        solution, info = self._solve(self.columns.products(gradients), squared_norms(gradients))
-        return DualQueries(gradients, solution.value, self, info)
+        solution, info = self._solve(self.columns.products(gradients), squared_norms(gradients), gradients)
+        queries = DualQueries(gradients, solution.value, self, info)
+        if info.converged or self.columns.dtype == torch.float64:
+            return queries
+        try:
+            exact = self.curvature.inverse(self.damping, self.l2, dtype=torch.float64)
+        except (
+            UpweightError
+        ):  # no room for a Gram matrix in double precision: what there is, marked unconverged
+            return queries
+        return exact @ gradients
 
     def quadratic(self, gradients: Gradients) -> dict[str, Tensor]:
         """``g^T (H + d I)^-1 g`` of every example, {"": [batch]}."""
-        item = 8 * 8  # a solution, its residual and the vectors of conjugate gradients, most of them in two precisions
+        item = (
+            8 * 8
+        )  # a solution, its residual and the vectors of conjugate gradients, most of them in two precisions
         height = max(1, int(self.curvature.memory / 8 / (self.columns.size * item)))
         parts = []
         for a in range(0, gradients.batch, height):
@@ -214,12 +243,21 @@ class DualInverse:
             parts.append((norms - explained) / (self.damping + self.l2))
         return {"": torch.cat(parts).to(self.curvature.dtype)}
 
-    def _solve(self, b: Tensor, squared: Tensor):
+    def _solve(
+        self, b: Tensor, squared: Tensor, gradients: Gradients | None = None
+    ) -> tuple[GramSolution, SolveInfo]:
+        """The solution for ``b = S V^T`` and its residuals; some are checked without the Gram matrix."""
         started = time.perf_counter()
         shift, norms = self.system.shift, squared.sqrt()
         promised = PROMISED[self.curvature.dtype]
-        solution = self.system.solve(b, max(0.0, promised - self.neglected) * shift * norms)
-        residual = solution.energy.sqrt() / (shift * norms.clamp_min(1e-300)) + self.neglected * (norms > 0)
+        solution = self.system.solve(b, max(0.0, promised / 2 - self.neglected) * shift * norms)
+        residual = solution.energy.sqrt() / (shift * norms.clamp_min(1e-300))
+        rounding = 0.0
+        if gradients is not None:
+            worst = residual.argsort(descending=True)[:CHECKED]
+            found = self._residual(gradients.rows(worst), solution.value[:, worst])
+            rounding = float((found - residual[worst]).clamp_min(0).max())
+        residual = (residual + rounding + self.neglected) * (norms > 0)
         info = SolveInfo(
             solver="dual",
             damping=self.damping,
@@ -237,6 +275,19 @@ class DualInverse:
         )
         self.solves.append(info)
         return solution, info
+
+    def _residual(self, gradients: Gradients, weights: Tensor) -> Tensor:
+        """``|v - (H + d I) x| / |v|`` of a few queries [k], with x and every product written out in float64."""
+        d, n = self.damping + self.l2, self.curvature.n
+        v = {name: block.dense() for name, block in gradients.to(torch.float64).items()}
+        explained = self.columns.combine(weights.mT)
+        x = {name: (v[name] - explained[name]) / d for name in v}
+        image = self.columns.products(
+            Gradients({name: Dense(part) for name, part in x.items()}), torch.float64
+        )
+        curved = self.columns.combine(image.mT / n)
+        rest = sum((v[name] - curved[name] - d * x[name]).square().sum(1) for name in v)
+        return (torch.as_tensor(rest) / squared_norms(gradients).clamp_min(1e-300)).sqrt()
 
 
 @dataclass(frozen=True)
@@ -286,4 +337,7 @@ def _factorise(built: _Built, shift: float, spectrum: bool) -> GramSystem:
 
 
 def _bytes(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"

@@ -59,7 +59,9 @@ class GramSystem:
     Example:
         >>> import torch
         >>> K = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
-        >>> GramSystem(K, 1.0).solve(torch.ones(2, 1, dtype=torch.float64), torch.tensor([1e-12])).value.flatten()
+        >>> GramSystem(K, 1.0).solve(
+        ...     torch.ones(2, 1, dtype=torch.float64), torch.tensor([1e-12])
+        ... ).value.flatten()
         tensor([0.2500, 0.2500], dtype=torch.float64)
     """
 
@@ -76,9 +78,9 @@ class GramSystem:
         if int(failed) or not bool(torch.isfinite(self.factor.diagonal()).all()):
             dtype = str(gram.dtype).removeprefix("torch.")
             raise UpweightError(
-                f"the Gram matrix of {len(gram):,} gradient columns, with entries up to {float(diagonal.max()):.1e}, is "
-                f"not positive definite in {dtype} with n * damping = {shift:.1e} on its diagonal -> raise the damping, "
-                "or give the model in float64"
+                f"the Gram matrix of {len(gram):,} gradient columns, with entries up to {float(diagonal.max()):.1e}, "
+                f"is not positive definite in {dtype} with n * damping = {shift:.1e} on its diagonal -> raise the "
+                "damping, or give the model in float64"
             )
 
     def solve(self, b: Tensor, allowed: Tensor) -> GramSolution:
@@ -139,6 +141,7 @@ class GramSystem:
         p, gain = z, (rest * z).sum(0)
         tiny = torch.finfo(rest.dtype).tiny
         reduce = (wanted / 3).clamp_min(REDUCE[rest.dtype])
+        step = 0
         for step in range(1, STEPS + 1):
             image = torch.addmm(p, self.gram, p, beta=self.shift)
             length = gain / (p * image).sum(0).clamp_min(tiny)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from upweight.gradients.blocks import Block, Factored, Sparse
+from upweight.gradients.blocks import Block, Factored, Sparse, cast
 from upweight.gradients.contraction import tiles
 from upweight.gradients.gradients import Gradients
 
@@ -24,4 +24,4 @@ def layer_squared_norms(block: Block) -> Tensor:
         same = block.ids[:, :, None] == block.ids[:, None]
         rows = block.rows.double()
         return ((rows @ rows.mT) * same).sum((1, 2))
-    return torch.cat([block[part].dense().double().square().sum(1) for part in tiles(block)])
+    return torch.cat([cast(block[part], torch.float64).dense().square().sum(1) for part in tiles(block)])
