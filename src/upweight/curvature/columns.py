@@ -86,12 +86,12 @@ class Columns:
         total: dict[str, Tensor] = {}
         for rows, columns in self.tiles():
             for name, block in columns.items():
-                part = _combined(block, weights[:, rows].double())
+                part = combined(block, weights[:, rows].double())
                 total[name] = total[name] + part if name in total else part
         return total
 
 
-def _combined(block: Block, weights: Tensor) -> Tensor:
+def combined(block: Block, weights: Tensor) -> Tensor:
     """``sum_b w_b G_b`` [k, numel], without forming a G_b that is known by its factors."""
     out: Tensor | None = None
     for rows in tiles(block):

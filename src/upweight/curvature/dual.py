@@ -225,7 +225,9 @@ class DualInverse:
             UpweightError
         ):  # no room for a Gram matrix in double precision: what there is, marked unconverged
             return queries
-        return exact @ gradients
+        better = exact @ gradients
+        self.solves[-1] = better.solve_info
+        return better
 
     def quadratic(self, gradients: Gradients) -> dict[str, Tensor]:
         """``g^T (H + d I)^-1 g`` of every example, {"": [batch]}."""
