@@ -70,16 +70,16 @@ class Columns:
         """``S G^T`` [N, batch], in this precision."""
         dtype = dtype or self.dtype
         out = torch.empty(self.size, gradients.batch, dtype=dtype, device=self.kept.device)
-        right = gradients.to(dtype).T
-        for rows, columns in self.tiles():
-            out[rows] = columns.to(dtype) @ right
+        left = gradients.to(dtype)
+        for rows, columns in self.tiles():  # this way round, dense gradients need no column formed
+            out[rows] = (left @ columns.to(dtype).T).mT
         return out
 
     def products_by_layer(self, gradients: Gradients) -> dict[str, Tensor]:
         """``S G^T`` [N, batch] of each layer."""
-        right = gradients.to(self.dtype).T
-        parts = [columns.by_layer(right) for _, columns in self.tiles()]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        left = gradients.to(self.dtype)
+        parts = [left.by_layer(columns.T) for _, columns in self.tiles()]
+        return {name: torch.cat([part[name] for part in parts], 1).mT for name in parts[0]}
 
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
         """``W S`` of weights W [k, N]: k vectors as large as the parameters, {layer: [k, numel]}, in float64."""

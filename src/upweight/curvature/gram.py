@@ -87,7 +87,7 @@ class GramSystem:
         """Solve for b [N, k] until ``sqrt(rest^T K rest)`` of every column is within `allowed` [k], or stalls."""
         rest = b.double().clone()
         value, steps = torch.zeros_like(rest), 0
-        energy = self.energy(rest)
+        energy = torch.where((rest != 0).any(0), torch.inf, 0.0).double()  # not worth a product to know
         for _ in range(ROUNDS):
             unsolved = (energy.sqrt() > allowed).nonzero()[:, 0]
             if not len(unsolved):
