@@ -21,6 +21,9 @@ from torch import Tensor
 
 from upweight.gradients.operations import Patches
 
+Rows: TypeAlias = "slice | Tensor"
+"""Which examples: a slice, or their positions [k]."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -60,7 +63,7 @@ class Piece:
         cols = F.pad(self.cols, (0, 1), value=1.0) if ones else self.cols
         return cols[None]
 
-    def __getitem__(self, rows: slice) -> Piece:
+    def __getitem__(self, rows: Rows) -> Piece:
         real = None if self.real is None else self.real[rows]
         return replace(self, rows=self.rows[rows], cols=self.cols[rows], real=real)
 
@@ -119,7 +122,7 @@ class Factored:
         )
         return replace(self, pieces=pieces)
 
-    def __getitem__(self, rows: slice) -> Factored:
+    def __getitem__(self, rows: Rows) -> Factored:
         return Factored(tuple(piece[rows] for piece in self.pieces), self.groups, self.ones)
 
     @property
@@ -140,7 +143,7 @@ class Dense:
         """[batch, parameters]."""
         return self.values
 
-    def __getitem__(self, rows: slice) -> Dense:
+    def __getitem__(self, rows: Rows) -> Dense:
         return Dense(self.values[rows])
 
     @property
@@ -171,7 +174,7 @@ class Sparse:
         out.scatter_add_(1, self.ids[:, :, None].expand_as(self.rows), self.rows)
         return out.flatten(1)
 
-    def __getitem__(self, rows: slice) -> Sparse:
+    def __getitem__(self, rows: Rows) -> Sparse:
         return Sparse(self.ids[rows], self.rows[rows], self.table)
 
     @property
@@ -233,7 +236,7 @@ class Spectral:
         rotated = self.left.mT @ self.right  # [group, batch, R, C]
         return flatten_groups(self.basis.back(rotated.mul_(self.filter[:, None])))
 
-    def __getitem__(self, rows: slice) -> Spectral:
+    def __getitem__(self, rows: Rows) -> Spectral:
         return Spectral(self.left[:, rows], self.right[:, rows], self.basis, self.filter)
 
     @property
@@ -262,6 +265,19 @@ def matmul_last(factors: Tensor, basis: Tensor) -> Tensor:
     """Factors [group, batch, position, width] times basis [group, width, k]: one matrix product a group."""
     groups, batch, positions, width = factors.shape
     return (factors.reshape(groups, batch * positions, width) @ basis).reshape(groups, batch, positions, -1)
+
+
+def cast(block: Block, dtype: torch.dtype) -> Block:
+    """The block in another precision."""
+    if isinstance(block, Factored):
+        pieces = tuple(replace(p, rows=p.rows.to(dtype), cols=p.cols.to(dtype)) for p in block.pieces)
+        return replace(block, pieces=pieces)
+    if isinstance(block, Dense):
+        return Dense(block.values.to(dtype))
+    if isinstance(block, Sparse):
+        return replace(block, rows=block.rows.to(dtype))
+    basis = Eigenbasis(block.basis.rows.to(dtype), block.basis.cols.to(dtype))
+    return Spectral(block.left.to(dtype), block.right.to(dtype), basis, block.filter.to(dtype))
 
 
 def concatenate(blocks: Sequence[Block]) -> Block:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from upweight.errors import UpweightError
-from upweight.gradients.blocks import Block, Dense, concatenate
+from upweight.gradients.blocks import Block, Dense, Rows, cast, concatenate
 
 if TYPE_CHECKING:
     from upweight.gradients.contraction import Router
@@ -57,9 +57,18 @@ class Gradients(Mapping[str, Block]):
     def T(self) -> Transposed:  # noqa: N802 - the transpose's usual name
         return Transposed(self)
 
-    def rows(self, rows: slice) -> Gradients:
-        """The examples of a slice."""
+    def rows(self, rows: Rows) -> Gradients:
+        """The examples of a slice, or at these positions [k]."""
         return Gradients({name: block[rows] for name, block in self.blocks.items()}, self.router)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the gradients."""
+        return next(iter(self.blocks.values()))[0:1].dense().dtype
+
+    def to(self, dtype: torch.dtype) -> Gradients:
+        """The same gradients in another precision."""
+        return Gradients({name: cast(block, dtype) for name, block in self.blocks.items()}, self.router)
 
     def with_router(self, router: Router) -> Gradients:
         """The same gradients, contracted by another router."""
