@@ -41,7 +41,7 @@ class DampingCurve:
         """
         if ax is None:
             try:
-                from matplotlib import pyplot  # an extra
+                from matplotlib import pyplot  # pyright: ignore[reportMissingImports]  # an extra
             except ImportError as error:
                 raise UpweightError("matplotlib is not installed -> pip install matplotlib") from error
             ax = pyplot.subplots()[1]
