@@ -3,7 +3,9 @@
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from upweight.attributors.functional import Functional
 from upweight.attributors.gradient_similarity import GradCos, GradDot
+from upweight.attributors.group import GroupEffect
 from upweight.attributors.influence import Influence
 from upweight.attributors.representer import Representer
 from upweight.attributors.tracin import TracIn
@@ -11,6 +13,7 @@ from upweight.cache import Cache
 from upweight.curvature import Damping
 from upweight.data import Examples
 from upweight.errors import CacheMismatchError, StoreError, UpweightError
+from upweight.integrations.sklearn import SklearnModel, from_sklearn
 from upweight.scores import Ranking, Scores, SelfInfluence
 from upweight.task import BinaryClassification, Classification, Regression, Task
 
@@ -26,20 +29,24 @@ __all__ = [
     "Classification",
     "Damping",
     "Examples",
+    "Functional",
     "GradCos",
     "GradDot",
+    "GroupEffect",
     "Influence",
     "Ranking",
     "Regression",
     "Representer",
     "Scores",
     "SelfInfluence",
+    "SklearnModel",
     "StoreError",
     "Task",
     "TracIn",
     "UpweightError",
     "__version__",
     "check_attributor",
+    "from_sklearn",
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from upweight.cache import CachePass
 from upweight.curvature import Inverse
+from upweight.curvature.l2 import describe_l2
 from upweight.gradients import Coverage, Factored, Gradients, Router, Spectral
 from upweight.gradients.separable import exact_scores
 from upweight.passes import Kept
@@ -35,13 +36,14 @@ def influence_info(method: Influence, fitted: Fitted) -> dict[str, Any]:
     return {
         "method": "influence",
         "curvature": method.curvature,
+        "correction": method.correction,
         "fisher": kind if method.curvature not in ("identity", "hessian") else None,
         "fisher_columns": columns,
         "represented": fitted.curvature.info.get("represented", {}),
         "damping": fitted.curvature.info.get("auto_damping", {}).get("damping")
         if method.damping.auto and "auto_damping" in fitted.curvature.info
         else method.damping.describe(),
-        "l2": method.l2,
+        "l2": describe_l2(method.l2),
         "layer_damping": fitted.curvature.damping(method.damping),
         **{key: fitted.curvature.info[key] for key in ("auto_damping",) if key in fitted.curvature.info},
         "higher_is_better": method.task.higher_is_better,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from upweight.curvature import KINDS
 from upweight.curvature.exact import EXACT_KINDS, ExactCurvature
+from upweight.curvature.l2 import L2, check_l2, describe_l2
 from upweight.curvature.solved import SolvedCurvature, solve_summary
 from upweight.curvature.solvers import Solver, make_solver
 from upweight.curvature.solvers.direct import Direct
@@ -23,12 +24,11 @@ STRUCTURED = ("ekfac", "kfac", "diagonal")
 """Preconditioners by name."""
 
 
-def check_curvature(curvature: str, solver: str | Solver | None, l2: float) -> None:
+def check_curvature(curvature: str, solver: str | Solver | None, l2: L2) -> None:
     """Raise unless curvature, solver and regulariser are known and go together."""
     if curvature not in (*KINDS, *EXACT_KINDS):
         raise UpweightError(f"curvature={curvature!r} is unknown -> use one of {[*KINDS, *EXACT_KINDS]}")
-    if not (isinstance(l2, (int, float)) and 0 <= l2 < float("inf")):
-        raise UpweightError(f"l2={l2!r}, expected a finite number >= 0 -> 0 if nothing was penalised")
+    check_l2(l2)
     if solver is not None and solver != "dual":
         make_solver(solver)
     if curvature in EXACT_KINDS:
@@ -37,16 +37,20 @@ def check_curvature(curvature: str, solver: str | Solver | None, l2: float) -> N
                 "solver='dual' needs H as a sum of squares, which a Hessian is not -> use curvature='ggn' or "
                 "another solver"
             )
+        if solver == "dual" and not isinstance(l2, (int, float)):
+            raise UpweightError(
+                "solver='dual' takes one l2 for all parameters -> give a number, or use solver='direct'"
+            )
         return
     if solver is not None:
         raise UpweightError(
             f"solver={solver!r} does not apply to curvature={curvature!r}, whose inverse is known in closed form -> "
             "leave it None, or use curvature='ggn' or 'hessian'"
         )
-    if l2:
+    if not isinstance(l2, (int, float)) or l2:
         raise UpweightError(
-            f"l2={l2:g} does not apply to curvature={curvature!r}, which models the loss alone -> add it to a number "
-            "as damping, or use curvature='ggn' or 'hessian'"
+            f"l2={describe_l2(l2)} does not apply to curvature={curvature!r}, which models the loss "
+            "alone -> add it to a number as damping, or use curvature='ggn' or 'hessian'"
         )
 
 

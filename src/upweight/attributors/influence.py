@@ -19,15 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from upweight.attributors.base import explained_by_form
+from upweight.attributors.changes import TrainingSetChanges
+from upweight.attributors.corrections import Correction, check_correction
 from upweight.attributors.evidence import influence_info, measure_separable_error
 from upweight.attributors.exact import check_curvature, solve_evidence, solver_name
 from upweight.attributors.fitted import CALIBRATED, Fitted, first_losses, fit_influence, run_manifest, spread
+from upweight.attributors.functional import FunctionalQueries, functional_gradients, functional_queries
 from upweight.attributors.tiles import WHOLE, ScoreTiles, fill_tiles
 from upweight.budget import PANEL_SHARE, batch_size_for, parse_memory
 from upweight.cache import Cache
 from upweight.curvature import Damping
 from upweight.curvature.damping import DampingLike
 from upweight.curvature.exact import EXACT_KINDS
+from upweight.curvature.l2 import L2, describe_l2
 from upweight.curvature.solvers import Preconditioner, Solver
 from upweight.data import Examples
 from upweight.errors import UpweightError
@@ -43,7 +47,7 @@ from upweight.task import Task
 Result = TypeVar("Result")
 
 
-class Influence:
+class Influence(TrainingSetChanges):
     """Influence functions with a structured or an exact curvature.
 
     ``scores[query, train] = (1/n) grad m_q^T (H + damping I)^-1 grad l_i``, positive for proponents, in the
@@ -63,7 +67,11 @@ class Influence:
             dense matrix fits the memory budget, else ``"cg"``.
         preconditioner: of the solver: ``"ekfac"``, ``"diagonal"``, an object with ``@``, None, or ``"auto"``: EK-FAC
             for ``"cg"`` and ``"astra"``.
-        l2: for exact curvatures: the regulariser ``(l2/2) |theta|^2`` of the training objective, which is part of H.
+        l2: for exact curvatures: the regulariser ``(1/2) sum_j l2_j theta_j^2`` of the training objective, which is
+            part of H: one coefficient, {regular expression of parameter names: coefficient}, or a tensor [p].
+        correction: None; ``"rescaled"`` (RIF: the curvature without the removed example); ``"relative"`` or
+            ``"relative-loss"`` (RelatIF, divided by the size of the example's step, or of its effect on its own loss;
+            these only rank). See `upweight.attributors.corrections`.
         fisher: ``"exact"`` expectation over the model's predictions, ``"sampled"`` (`draws` per example),
             ``"empirical"`` (the data's labels), or ``"auto"``: the most faithful that the number of classes allows
             (always exact for ``"ggn"``).
@@ -108,7 +116,8 @@ class Influence:
         damping: DampingLike = "auto",
         solver: str | Solver | None = None,
         preconditioner: str | Preconditioner | None = "auto",
-        l2: float = 0.0,
+        l2: L2 = 0.0,
+        correction: str | None = None,
         fisher: str = "auto",
         draws: int = 4,
         parameters: ParameterFilter = None,
@@ -124,6 +133,7 @@ class Influence:
                 f"task is {type(task).__name__}, expected a Task -> uw.Classification() for example"
             )
         check_curvature(curvature, solver, l2)
+        check_correction(correction)
         if batch_size is not None and batch_size < 1:
             raise UpweightError(
                 f"batch_size={batch_size}, expected at least 1 -> leave it None to have it chosen"
@@ -134,7 +144,8 @@ class Influence:
             raise UpweightError(f"tolerance={tolerance}, expected 0 <= tolerance < 1 -> 1e-3 is the default")
         self.model, self.task, self.curvature = model, task, curvature
         self.damping = Damping.of(damping)
-        self.solver, self.preconditioner, self.l2 = solver, preconditioner, float(l2)
+        self.solver, self.preconditioner, self.l2 = solver, preconditioner, l2
+        self.correction = correction
         self.fisher, self.draws, self.parameters = fisher, draws, parameters
         self.memory, self.batch_size, self.tolerance = parse_memory(memory), batch_size, tolerance
         self.seed, self.autocast, self.progress = seed, autocast, progress
@@ -177,7 +188,8 @@ class Influence:
         """Score every training example for every query.
 
         Args:
-            query: queries in the form of the training data.
+            query: queries in the form of the training data; or a `Functional` (or a list of them): any scalar of the
+                model, as one query.
             per_layer: also keep each layer's part of the scores.
             out: a folder to write finished tiles of the scores to; a killed run resumes from it.
             ids: one id per query; positions if None.
@@ -190,10 +202,11 @@ class Influence:
         """
         fitted = self._ready()
         started = time.perf_counter()
-        queries = Examples(query, ids)
+        queries = functional_queries(query, ids) or Examples(query, ids)
         n = fitted.examples.n
         router, inverse = self._router(), fitted.curvature.inverse(self.damping)
         training: Any = self._index(per_layer) or fitted.training
+        correction = Correction(self, fitted, inverse)
         names = list(fitted.tracker.layers) if per_layer else None
         grid = {"panel": self._panel_size(queries.n), "step": fitted.step}
         manifest, evidence = self._result_manifest(queries, per_layer), self._evidence(queries, out)
@@ -201,14 +214,15 @@ class Influence:
         def panel(start: int, stop: int) -> Any:
             return self._preconditioned(queries, start, stop, inverse, router)
 
-        def product(preconditioned: Any, train_gradients: Any) -> dict[str, Tensor]:
+        def product(preconditioned: Any, corrected: tuple[Any, Any]) -> dict[str, Tensor]:
+            train_gradients, scale = corrected
             if per_layer:
                 parts = preconditioned.by_layer(train_gradients.T)
-                return {name: part / n for name, part in parts.items()}
-            return {WHOLE: preconditioned @ train_gradients.T / n}
+                return {name: part / n * scale for name, part in parts.items()}
+            return {WHOLE: preconditioned @ train_gradients.T / n * scale}
 
         with ScoreTiles(out, manifest, grid, queries.n, n, names, fitted.dtype, evidence) as tiles:
-            fill_tiles(tiles, training, panel, product, self.progress)
+            fill_tiles(tiles, correction.over(training), panel, product, self.progress)
             values, layers = tiles.result()
         info = influence_info(self, fitted) | {
             "queries": queries.fingerprint(),
@@ -217,7 +231,10 @@ class Influence:
             **solve_evidence(inverse),
             "attribute_seconds": round(time.perf_counter() - started, 3),
         }
-        return Scores(values, queries.ids, fitted.examples.ids, self._unit(self.task.unit), info, layers)
+        unit = self.task.unit
+        if isinstance(queries, FunctionalQueries):
+            unit, info["higher_is_better"] = queries.unit, queries.higher_is_better
+        return Scores(values, queries.ids, fitted.examples.ids, self._unit(unit), info, layers)
 
     def self_influence(self) -> SelfInfluence:
         """``(1/n) grad l_i^T (H + damping I)^-1 grad l_i``: the predicted rise of an example's own loss on its removal.
@@ -227,16 +244,12 @@ class Influence:
         """
         fitted = self._ready()
         inverse = fitted.curvature.inverse(self.damping)
+        correction = Correction(self, fitted, inverse)
         n, index = fitted.examples.n, self._index()
         values = torch.zeros(n, dtype=fitted.dtype)
         with progress_bar("self-influence", n, self.progress) as advance:
             for step in index or fitted.training:
-                loaded = step.load()
-                parts = (
-                    inverse.quadratic(loaded)
-                    if isinstance(loaded, Gradients)
-                    else {"": loaded.self_influence}
-                )
+                parts = correction.own(step)
                 for part in parts.values():
                     values[step.start : step.stop] += (part / n).cpu()
                 advance(step.stop - step.start)
@@ -263,7 +276,9 @@ class Influence:
             self._routers[key] = Router(terms)
         return self._routers[key]
 
-    def _preconditioned(self, queries: Examples, start: int, stop: int, inverse: Any, router: Router) -> Any:
+    def _preconditioned(
+        self, queries: Examples | FunctionalQueries, start: int, stop: int, inverse: Any, router: Router
+    ) -> Any:
         """``(H + damping I)^-1 grad m_q`` for a panel of queries, in the form that the training gradients ask for."""
         fitted = self._ready()
         size = min(stop - start, batch_size_for(fitted.example_bytes, stop - start, self.memory))
@@ -289,8 +304,10 @@ class Influence:
             )
         return fitted.index
 
-    def _query_gradients(self, queries: Examples, positions: Sequence[int]) -> Gradients:
+    def _query_gradients(self, queries: Examples | FunctionalQueries, positions: Sequence[int]) -> Gradients:
         fitted = self._ready()
+        if isinstance(queries, FunctionalQueries):
+            return functional_gradients(fitted.tracker, [queries.functionals[p] for p in positions])
         batch = queries.take(positions)
         ids = [queries.ids[p] for p in positions]
         return self._explained(batch, lambda: fitted.tracker.query(batch, ids))
@@ -306,7 +323,7 @@ class Influence:
         per_query = sum(layer.numel for layer in fitted.tracker.layers.values()) * item
         return max(1, min(queries, int(self.memory * PANEL_SHARE / per_query)))
 
-    def _separable_error(self, queries: Examples, inverse: Any, router: Router) -> float | None:
+    def _separable_error(self, queries: Examples | FunctionalQueries, inverse: Any, router: Router) -> float | None:
         fitted = self._ready()
         if not router.terms or fitted.sample is None:
             return None
@@ -325,9 +342,9 @@ class Influence:
         return self._fitted
 
     def _unit(self, unit: str) -> str | None:
-        return unit if self.curvature in CALIBRATED else None
+        return unit if self.curvature in CALIBRATED and self.correction in (None, "rescaled") else None
 
-    def _result_manifest(self, queries: Examples, per_layer: bool) -> dict[str, Any]:
+    def _result_manifest(self, queries: Examples | FunctionalQueries, per_layer: bool) -> dict[str, Any]:
         fitted = self._ready()
         return {
             **run_manifest(self, fitted.tracker, fitted.examples),
@@ -336,7 +353,7 @@ class Influence:
             "measurement": str(getattr(self.task, "measurement", "function")),
             "curvature": [self.curvature, *fitted.fisher, self.seed],
             **(
-                {"solver": solver_name(fitted.curvature), "l2": self.l2}
+                {"solver": solver_name(fitted.curvature), "l2": describe_l2(self.l2)}
                 if self.curvature in EXACT_KINDS
                 else {}
             ),
@@ -344,14 +361,20 @@ class Influence:
                 self.damping
             ),  # the rule: its numbers may differ in the last digit from fit to fit
             "tolerance": self.tolerance,
+            **({"correction": self.correction} if self.correction else {}),
             "per_layer": per_layer,
         }
 
-    def _evidence(self, queries: Examples, out: str | os.PathLike[str] | None) -> dict[str, list[float]]:
+    def _evidence(
+        self, queries: Examples | FunctionalQueries, out: str | os.PathLike[str] | None
+    ) -> dict[str, list[float]]:
         """The first losses and measurements, which tell two functions of one name apart when a run is resumed."""
         if out is None:
             return {}
         fitted = self._ready()
+        if isinstance(queries, FunctionalQueries):
+            values = [float(f.value(self.model)) for f in queries.functionals[:8]]
+            return {"training loss": first_losses(fitted.tracker, fitted.examples), "measurement": values}
         batch = queries.take(range(min(queries.n, 8)))
 
         def measured() -> Tensor:

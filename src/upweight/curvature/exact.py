@@ -11,6 +11,7 @@ from torch import Tensor
 from upweight.budget import BATCH_BYTES, BATCH_SHARE, KEEP_SHARE, batch_size_for, parse_memory
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.fit import fit_curvature
+from upweight.curvature.l2 import L2, l2_vector
 from upweight.curvature.products import TwiceDifferentiated
 from upweight.curvature.root import Root
 from upweight.curvature.sums import Sum
@@ -45,7 +46,8 @@ class ExactCurvature:
         tracker: of the model; its parameters are those of H.
         examples: the training data.
         kind: ``"ggn"`` or ``"hessian"``.
-        l2: the regulariser ``(l2 / 2) |theta|^2`` that was part of the training objective.
+        l2: the regulariser ``(1/2) sum_j l2_j theta_j^2`` that was part of the training objective: one coefficient, or
+            {regular expression of parameter names: coefficient}, or a tensor [p].
         batch_size: examples a batch; chosen from the memory budget if None. The data is always cut the same way.
         blocks: leave out what couples different layers.
         fisher: ``"exact"`` for the Gauss-Newton matrix itself; ``"sampled"`` (targets drawn from the model, `draws` an
@@ -81,7 +83,7 @@ class ExactCurvature:
         tracker: Tracker,
         examples: Examples,
         kind: str = "ggn",
-        l2: float = 0.0,
+        l2: L2 = 0.0,
         batch_size: int | None = None,
         blocks: bool = False,
         *,
@@ -92,9 +94,9 @@ class ExactCurvature:
     ) -> None:
         if kind not in EXACT_KINDS:
             raise UpweightError(f"kind={kind!r} is unknown -> use one of {list(EXACT_KINDS)}")
-        if not 0 <= l2 < float("inf"):
-            raise UpweightError(f"l2={l2}, expected a finite number >= 0 -> 0 if nothing was penalised")
-        self.tracker, self.data, self.kind, self.l2, self.blocks = tracker, examples, kind, float(l2), blocks
+        self.tracker, self.data, self.kind, self.blocks = tracker, examples, kind, blocks
+        self.ridge = l2_vector(l2, tracker)  # [p]
+        self.l2 = float(self.ridge.mean())  # one number, for what only needs the scale
         self.fisher: FisherKind = fisher
         self.draws, self.seed, self.memory = draws, seed, parse_memory(memory)
         self.size = sum(layer.numel for layer in tracker.layers.values())
@@ -223,7 +225,7 @@ class ExactCurvature:
             raise UpweightError(
                 f"a {self.kind} product is not finite -> look for exploding activations, or use float64"
             )
-        return (product.add_(x, alpha=self.l2) if self.l2 else product).to(x.dtype)
+        return (product.addcmul_(x, self.ridge.to(x)[:, None]) if self.l2 else product).to(x.dtype)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 2 or len(x) != self.size:
@@ -242,7 +244,7 @@ class ExactCurvature:
         self.check_dense()
         H = self._gram() if self._by_gram() else self._by_columns()
         H = (H + H.T).mul_(0.5)
-        H.diagonal().add_(self.l2)
+        H.diagonal().add_(self.ridge.to(H))
         return H
 
     def dense_bytes(self) -> int:

@@ -57,16 +57,11 @@ class Direct:
         started = time.perf_counter()
         before = operator.products
         notes: dict[str, Any] = {}
-        right = b.double()
+        x = self.apply(operator, b, damping)
         if self._diagonalises(operator):
-            values, vectors = self.spectrum(operator)
-            check_definite(values, damping)
-            x = vectors @ ((vectors.T @ right) / (values + damping)[:, None])
+            values, _ = self.spectrum(operator)
             notes = {"smallest_eigenvalue": float(values[0]), "largest_eigenvalue": float(values[-1])}
             notes["negative_eigenvalues"] = int((values < -rounding(values)).sum())
-        else:
-            x = torch.cholesky_solve(right, self._cholesky(operator, damping))
-        x = x.to(b.dtype)
         residual = relative_residual(operator, x, b, damping)
         promised = ACCURACY[torch.float64 if b.dtype == torch.float64 else torch.float32]
         return Solution(
@@ -82,6 +77,17 @@ class Direct:
                 notes,
             ),
         )
+
+    def apply(self, operator: LinearOperator, b: Tensor, damping: float) -> Tensor:
+        """The solution alone, for b [p, k]: its residual would cost more than it does."""
+        right = b.double()
+        if self._diagonalises(operator):
+            values, vectors = self.spectrum(operator)
+            check_definite(values, damping)
+            x = vectors @ ((vectors.T @ right) / (values + damping)[:, None])
+        else:
+            x = torch.cholesky_solve(right, self._cholesky(operator, damping))
+        return x.to(b.dtype)
 
     def factorise(self, operator: LinearOperator, damping: float) -> None:
         """Make and check the inverse at a damping, before there is anything to solve."""
