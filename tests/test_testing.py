@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import upweight as uw
+from upweight.curvature.solvers import ConjugateGradient
 from upweight.testing import Check, ConformanceError, ConformanceReport, check_attributor
 
 Make = Callable[[nn.Module, uw.Task], object]
@@ -45,6 +46,22 @@ ATTRIBUTORS: dict[str, tuple[Make, set[str]]] = {
     "Influence, K-FAC": (influence("kfac"), set()),
     "Influence, diagonal": (influence("diagonal"), {"weight"}),
     "Influence, identity": (influence("identity"), {"weight", "damping limit"}),
+    "Influence, Gauss-Newton, direct": (influence("ggn", solver="direct"), set()),
+    "Influence, Gauss-Newton, dual": (influence("ggn", solver="dual"), set()),
+    "Influence, Gauss-Newton, CG": (influence("ggn", solver=ConjugateGradient(rtol=1e-12)), set()),
+    "Influence, Gauss-Newton, Arnoldi": (influence("ggn", solver="arnoldi"), set()),
+    "Influence, Gauss-Newton, Nyström": (influence("ggn", solver="nystrom"), set()),
+    "Influence, Gauss-Newton, rescaled": (influence("ggn", correction="rescaled"), {"weight"}),
+    "Influence, Gauss-Newton, relative": (
+        influence("ggn", correction="relative"),
+        {"weight", "damping limit"},
+    ),
+    "Influence, EK-FAC, relative to the loss": (
+        influence("ekfac", correction="relative-loss"),
+        {"weight", "damping limit"},
+    ),
+    "Influence, Hessian": (influence("hessian", l2=0.05, damping=0.1), set()),
+    "Influence, DataInf": (influence("datainf"), {"weight"}),
     "GradDot": (uw.GradDot, {"weight", "damping limit"}),
     "GradCos": (uw.GradCos, {"weight", "damping limit", "self-influence"}),
     "TracIn": (tracin(), {"weight", "damping limit"}),
@@ -60,6 +77,13 @@ def test_every_attributor_obeys_the_laws(name):
     report = check_attributor(make)
     assert report.passed
     assert {check.name for check in report.checks if check.status == "not applicable"} == inapplicable
+
+
+def test_attributors_that_fit_themselves_to_the_data_obey_the_other_laws():
+    """Automatic damping depends on the data's size; LiSSA stops at a residual of one in a thousand."""
+    auto = check_attributor(influence("ggn", damping="auto"), skip=("weight",))
+    lissa = check_attributor(influence("ggn", solver="lissa"), skip=("damping limit",))
+    assert auto.passed and lissa.passed
 
 
 @pytest.mark.parametrize("name", ["Influence, K-FAC", "GradDot", "TracIn", "Representer"])

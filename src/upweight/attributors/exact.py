@@ -26,8 +26,9 @@ STRUCTURED = ("ekfac", "kfac", "diagonal")
 
 def check_curvature(curvature: str, solver: str | Solver | None, l2: L2) -> None:
     """Raise unless curvature, solver and regulariser are known and go together."""
-    if curvature not in (*KINDS, *EXACT_KINDS):
-        raise UpweightError(f"curvature={curvature!r} is unknown -> use one of {[*KINDS, *EXACT_KINDS]}")
+    known = [*KINDS, "datainf", *EXACT_KINDS]
+    if curvature not in known:
+        raise UpweightError(f"curvature={curvature!r} is unknown -> use one of {known}")
     check_l2(l2)
     if solver is not None and solver != "dual":
         make_solver(solver)

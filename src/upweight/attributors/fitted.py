@@ -14,6 +14,7 @@ from upweight.attributors.exact import fit_exact
 from upweight.budget import KEEP_SHARE, batch_size_for
 from upweight.cache import Cache, CachePass, SavedCurvature, shard_examples
 from upweight.curvature import Curvature, fit_curvature
+from upweight.curvature.datainf import DataInfCurvature
 from upweight.curvature.exact import EXACT_KINDS
 from upweight.curvature.solved import SolvedCurvature
 from upweight.data import Examples, signature
@@ -59,7 +60,7 @@ class Fitted:
     tracker: Tracker
     examples: Examples
     training: Pass[Gradients]
-    curvature: Curvature | SolvedCurvature
+    curvature: Curvature | SolvedCurvature | DataInfCurvature
     fisher: tuple[FisherKind, int]
     batch_size: int
     example_bytes: float
@@ -103,9 +104,10 @@ def fit_influence(
     if method.curvature in EXACT_KINDS:
         exact = fit_exact(method, tracker, examples)
         fisher = (exact.operator.fisher, exact.operator.columns)
+    elif method.curvature == "datainf":
+        exact, fisher = None, ("empirical", 1)
     else:
-        exact = None
-        fisher = _resolve_fisher(method, tracker, examples)
+        exact, fisher = None, _resolve_fisher(method, tracker, examples)
     training = _training_pass(method, tracker, examples, size, example_bytes, cache)
     saved = None
     if cache is not None:
@@ -114,6 +116,8 @@ def fit_influence(
     index = None
     if exact is not None:
         curvature, fitted_from = exact, "model"
+    elif method.curvature == "datainf":
+        curvature, fitted_from = DataInfCurvature.fit(training, tracker.layers), "model"
     else:
         curvature, fitted_from = _fit_curvature(
             method, tracker, examples, training, fisher[0], fisher[1], size, saved

@@ -58,7 +58,7 @@ class Influence(TrainingSetChanges):
         model: a trained model in eval mode. Nothing on it is changed.
         task: its training loss and what is asked of queries.
         curvature: ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"``; or exact over all tracked parameters:
-            ``"ggn"`` (the Gauss-Newton matrix) and ``"hessian"``.
+            ``"ggn"`` (the Gauss-Newton matrix) and ``"hessian"``; or ``"datainf"`` (layer by layer, ranks only).
         damping: ``"auto"`` (a tenth of each layer's mean eigenvalue; for exact curvatures see
             `upweight.curvature.auto_damping`), a number for all layers, ``"0.1 mean"`` or ``"0.01 top"`` (eigenvalue),
             ``{layer: any of these}``, or a `Damping`.
@@ -286,7 +286,7 @@ class Influence(TrainingSetChanges):
         gradients = (self._query_gradients(queries, positions) for positions in batches)
         if fitted.index is not None:
             return WhitenedQueries.concatenate([fitted.index.query(g) for g in gradients])
-        if self.curvature in EXACT_KINDS:  # one solve for the whole panel
+        if self.curvature in (*EXACT_KINDS, "datainf"):  # one solve, or one pass, for the whole panel
             return inverse @ Gradients.concatenate(list(gradients)).with_router(router)
         prepared = (router.prepare(inverse @ g) for g in gradients)
         return Gradients.gather(prepared, stop - start).with_router(router)
@@ -323,7 +323,9 @@ class Influence(TrainingSetChanges):
         per_query = sum(layer.numel for layer in fitted.tracker.layers.values()) * item
         return max(1, min(queries, int(self.memory * PANEL_SHARE / per_query)))
 
-    def _separable_error(self, queries: Examples | FunctionalQueries, inverse: Any, router: Router) -> float | None:
+    def _separable_error(
+        self, queries: Examples | FunctionalQueries, inverse: Any, router: Router
+    ) -> float | None:
         fitted = self._ready()
         if not router.terms or fitted.sample is None:
             return None
