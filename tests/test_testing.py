@@ -44,6 +44,12 @@ ATTRIBUTORS: dict[str, tuple[Make, set[str]]] = {
     "Influence, EK-FAC, auto": (influence("ekfac", damping="auto"), set()),
     "Influence, EK-FAC, empirical": (influence("ekfac", fisher="empirical"), set()),
     "Influence, K-FAC": (influence("kfac"), set()),
+    "Influence, rescaled": (influence("ggn", correction="rescaled"), {"weight"}),
+    "Influence, relative": (influence("ggn", correction="relative"), {"weight", "damping limit"}),
+    "Influence, relative to the loss": (
+        influence("ekfac", correction="relative-loss"),
+        {"weight", "damping limit"},
+    ),
     "Influence, diagonal": (influence("diagonal"), {"weight"}),
     "Influence, identity": (influence("identity"), {"weight", "damping limit"}),
     "Influence, Gauss-Newton, direct": (influence("ggn", solver="direct"), set()),

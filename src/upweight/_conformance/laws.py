@@ -204,7 +204,7 @@ def damping_limit(problem: Problem) -> Measured:
     if not hasattr(method, "with_damping"):
         raise Inapplicable("it has no with_damping")
     info = method.attribute(problem.query).info
-    if str(info.get("correction")).startswith("relative"):
+    if info.get("correction") in ("relative", "relative-loss"):
         raise Inapplicable("relative scores are divided by their own size")
     if info.get("coverage", {}).get("parameters", 1.0) < 1:
         raise Inapplicable("it tracks a part of the parameters only")

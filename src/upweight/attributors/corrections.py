@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from upweight.attributors.fitted import CALIBRATED
-from upweight.attributors.reweighted import Reweighted, Side, dense_damped
+from upweight.attributors.reweighted import Reweighted, Side, dense_damped, many_at_once
 from upweight.errors import UpweightError
 from upweight.gradients import Gradients
 from upweight.gradients.rowwise import paired
@@ -50,7 +50,8 @@ class Correction:
     """
 
     def __init__(self, method: Influence, fitted: Fitted, inverse: Any) -> None:
-        self.method, self.fitted, self.inverse = method, fitted, inverse
+        self.method, self.fitted = method, fitted
+        self.inverse = many_at_once(inverse, list(fitted.tracker.layers)) if method.correction else inverse
         if method.correction and fitted.index is not None:
             raise UpweightError(
                 f"correction={method.correction!r} needs the gradients, which an index does not keep -> cache with "

@@ -176,8 +176,8 @@ class _Steps:
     def __init__(self, method: Influence, fitted: Fitted, sides: list[Side], convention: str) -> None:
         self.method, self.fitted, self.convention = method, fitted, convention
         self.n = fitted.examples.n
-        self.inverse: Any = fitted.curvature.inverse(method.damping)
-        self.reweighted = Reweighted(method, fitted, self.inverse, sides)
+        self.reweighted = Reweighted(method, fitted, fitted.curvature.inverse(method.damping), sides)
+        self.inverse = self.reweighted.inverse
         # What member i adds to the right-hand side: delta_i g_i, for a replaced one with its replacement's.
         rows = [
             weighted_sum(_gradients(fitted, side), torch.diag(delta))

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from upweight.curvature.dense import DenseReweighted, as_gradients
+from upweight.curvature.dual import DualInverse
 from upweight.curvature.exact import ExactCurvature
 from upweight.curvature.leverage import Each, Group
 from upweight.curvature.solved import SolvedInverse
 from upweight.curvature.solvers.direct import Direct
 from upweight.data import Examples
-from upweight.gradients import Gradients
+from upweight.gradients import Dense, Gradients
 from upweight.gradients.rowwise import paired
 from upweight.task import resolve_fisher
 
@@ -65,7 +66,7 @@ class Reweighted:
         damped: Tensor | None = None,
     ) -> None:
         self.method, self.fitted, self.sides = method, fitted, sides
-        self.inverse = many_at_once(inverse)
+        self.inverse = many_at_once(inverse, list(fitted.tracker.layers))
         self.n = fitted.examples.n
         self.changes = [side.change.to(fitted.tracker.device) for side in sides]
         self._damped = damped
@@ -182,8 +183,41 @@ class FactorInverse:
         return {"": paired(self @ gradients, gradients)}
 
 
-def many_at_once(inverse: Any) -> Any:
-    """An inverse for many right-hand sides: the same, without the check of a direct solver's every residual."""
+@dataclass(frozen=True)
+class FormedDual:
+    """The dual inverse with its solutions written out, ``(1/d) [v - S^T a]``: one vector of all parameters each."""
+
+    inverse: DualInverse
+    layers: Sequence[str]
+
+    @property
+    def damping(self) -> dict[str, float]:
+        """The damping by layer."""
+        return dict.fromkeys(self.layers, self.inverse.damping)
+
+    def __matmul__(self, gradients: Gradients) -> Gradients:
+        """Preconditioned gradients."""
+        solved = self.inverse @ gradients
+        d = solved.inverse.damping + solved.inverse.l2
+        explained = solved.inverse.columns.combine(solved.weights.mT)
+        formed = {
+            name: Dense(((block.dense().double() - explained[name]) / d).to(self.inverse.curvature.dtype))
+            for name, block in gradients.items()
+        }
+        return Gradients(formed, gradients.router)
+
+    def quadratic(self, gradients: Gradients) -> dict[str, Tensor]:
+        """``g^T (H + damping I)^-1 g`` of every example [batch]."""
+        return self.inverse.quadratic(gradients)
+
+
+def many_at_once(inverse: Any, layers: Sequence[str]) -> Any:
+    """An inverse whose ``@`` gives `Gradients`, for many right-hand sides.
+
+    A direct solver's every residual is not checked, and a dual's solutions are written out.
+    """
+    if isinstance(inverse, DualInverse):
+        return FormedDual(inverse, layers)
     if isinstance(inverse, SolvedInverse) and isinstance(inverse.curvature.solver, Direct):
         return FactorInverse(inverse, inverse.curvature.solver)
     return inverse

@@ -171,7 +171,7 @@ def _middle(h: Tensor, change: Tensor, names: Sequence[str]) -> Tensor:
         worst = int(torch.where(wrong, lowest.nan_to_num(-float("inf")), float("inf")).argmin())
         raise UpweightError(
             f"the leverage of {names[worst]} is {-float(lowest[worst]):.4g}, expected below 1: without it the "
-            f"curvature is singular or negative ({int(wrong.sum())} such here) -> raise the damping, "
-            "or use first-order influence"
+            f"curvature is singular or negative ({int(wrong.sum())} such here) -> use curvature='ggn' if it was a "
+            "structured one, raise the damping, or use first-order influence (correction=None, Scores.removal_effect)"
         )
     return torch.eye(h.shape[1], dtype=h.dtype, device=h.device) + change[..., None] * h
