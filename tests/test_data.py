@@ -227,3 +227,10 @@ def test_trees_keep_their_form():
     assert [t.shape for t in tensors_in(tree)] == [X.shape, Y.shape]
     assert signature((X, Y)) == ["float32[2]", "int64[]"]
     assert isinstance(as_tensors({"a": np.float32(3)})["a"], torch.Tensor)
+
+
+def test_a_single_number_of_a_column_has_a_fingerprint():
+    table = torch.arange(12.0).reshape(6, 2)
+    one = Examples((table[:1], table[:1, 1]))  # stride 2, and yet contiguous
+    assert one.fingerprint() == Examples((table[:1].clone(), torch.tensor([1.0]))).fingerprint()
+    assert one.fingerprint() != Examples((table[:1], table[:1, 0])).fingerprint()

@@ -62,7 +62,9 @@ def call_a_layer_for_some(m, x):
 @pytest.mark.parametrize("forward", [sort_the_batch, route_tokens, call_a_layer_for_some])
 def test_examples_that_a_use_orders_by_the_data_are_not_taken_for_others(forward):
     x, y = normal(4, 4)(12, torch.Generator().manual_seed(0)).double(), torch.zeros(12, 1)
-    y[:2] = 50  # the largest losses are the probe: sorted, two tokens an example for each expert, none for c
+    y[:2] = (
+        50  # the largest losses are the probe: sorted, two tokens of each sign an example, the first one positive
+    )
     counts = torch.tensor([2, 2, 1, 3, 3, 1, 4, 1, 0, 3, 2, 2])
     x[:, :, 0] = torch.where(torch.arange(4) < counts[:, None], 1.0, -1.0) + torch.arange(12)[:, None] / 24
     torch.manual_seed(0)

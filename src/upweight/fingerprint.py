@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import nn
 
+from upweight._trees import raw_bytes
+
 
 def model_fingerprint(model: nn.Module) -> str:
     """Hash of every parameter's and buffer's name, shape, dtype and values."""
@@ -14,9 +16,8 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
             continue
-        tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
