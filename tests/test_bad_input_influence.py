@@ -26,6 +26,24 @@ def changed() -> None:
     fitted.attribute(small())
 
 
+def changed_by_data() -> None:
+    fitted = method(fisher="empirical").fit(small())
+    fitted.model[1].weight.data.mul_(2)  # not counted by torch
+    fitted.attribute(small())
+
+
+def frozen() -> None:
+    fitted = method(fisher="empirical").fit(small())
+    fitted.model[1].requires_grad_(False)
+    fitted.attribute(small())
+
+
+def replaced() -> None:
+    fitted = method(fisher="empirical").fit(small())
+    fitted.model.load_state_dict({k: v.clone() for k, v in fitted.model.state_dict().items()}, assign=True)
+    fitted.attribute(small())
+
+
 def nan_query() -> None:
     x, y = (t.clone() for t in small())
     x[3] = float("nan")
@@ -60,6 +78,9 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "nonsense memory": (lambda: method(memory="lots"), ["lots", "2GB"]),
     "no task": (lambda: uw.Influence(trained("mlp"), torch.nn.CrossEntropyLoss()), ["Task"]),
     "model changed since fit": (changed, ["changed since fit"]),
+    "model changed through .data since fit": (changed_by_data, ["changed since fit"]),
+    "a layer frozen since fit": (frozen, ["1.weight", "frozen since fit", "requires_grad"]),
+    "parameters replaced since fit": (replaced, ["1.weight", "replaced since fit", "fit again"]),
     "empty queries": (
         lambda: (
             method(fisher="empirical")

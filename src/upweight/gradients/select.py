@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -79,6 +79,22 @@ def check_model(model: nn.Module) -> None:
             f"dropout is in train mode ({_some(drops)}): every gradient would be of another random network -> call "
             "model.eval() first"
         )
+
+
+def check_still_tracked(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Raise if a parameter was frozen or replaced after it was selected: its gradients would all be zero."""
+    now = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if now.get(name) is not parameter:
+            raise UpweightError(
+                f"parameter {name} was replaced since fit, so its gradients can no longer be followed "
+                "(load_state_dict(assign=True), a new layer) -> fit again"
+            )
+        if not parameter.requires_grad:
+            raise UpweightError(
+                f"parameter {name} was frozen since fit, so it has no gradient any more -> set its requires_grad = "
+                "True, or fit again without it"
+            )
 
 
 def _drops(module: nn.Module) -> bool:

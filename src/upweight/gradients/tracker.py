@@ -41,7 +41,7 @@ from upweight.gradients.gradients import Gradients
 from upweight.gradients.layers import Layer, VectorLayer
 from upweight.gradients.operations import Layout
 from upweight.gradients.probe import compare_layouts, measure_coverage, pick_others, pick_probe
-from upweight.gradients.select import ParameterFilter, check_model, select_parameters
+from upweight.gradients.select import ParameterFilter, check_model, check_still_tracked, select_parameters
 from upweight.gradients.tap import Tap, Use
 from upweight.task import FisherKind, Task
 
@@ -158,6 +158,7 @@ class Tracker:
     def _capture(
         self, batch: Any, ids: Sequence[Any], scalars: Scalars, what: str = "loss", reproducible: bool = True
     ) -> list[Gradients]:
+        check_still_tracked(self.model, self.parameters)
         batch = self.move(batch)
         losses, drawn, tap = self._watch(batch, scalars)
         check_per_example(losses, len(ids))
