@@ -68,6 +68,10 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: method(fisher="empirical", damping=0.0).fit(small()).attribute(small()),
         ["singular", "damping"],
     ),
+    "singular curvature in an index": (
+        lambda: method(fisher="empirical", damping=0.0).fit(small(), cache=uw.Cache("unused", "index")),
+        ["singular", "damping"],
+    ),
     "unknown curvature": (lambda: method(curvature="newton").fit(small()), ["newton", "ekfac"]),
     "unknown Fisher": (lambda: method(fisher="guessed").fit(small()), ["guessed", "empirical"]),
     "Fisher without a distribution": (
