@@ -286,11 +286,13 @@ def _refuse_other_leaves(tree: Any) -> None:
 
 
 def _open_loader(loader: DataLoader) -> _Tensors | _Items | _Stream:
-    in_order = isinstance(loader.sampler, SequentialSampler)
+    sampler, whole = loader.sampler, getattr(loader.sampler, "data_source", None) is loader.dataset
+    in_order = whole and isinstance(sampler, SequentialSampler)
     whole_shuffle = (
-        isinstance(loader.sampler, RandomSampler)
-        and not loader.sampler.replacement
-        and loader.sampler.num_samples == len(loader.sampler.data_source)
+        whole
+        and isinstance(sampler, RandomSampler)
+        and not sampler.replacement
+        and sampler.num_samples == len(sampler.data_source)
     )
     if type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
         return _Stream(loader)  # batches of its own making, or none: the data set gives whole batches
