@@ -30,6 +30,7 @@ from upweight.gradients.checks import (
     check_finite,
     check_per_example,
     check_uncoupled,
+    check_undivided,
     constant_buffers,
     explained,
     is_finite,
@@ -256,10 +257,12 @@ class Tracker:
         again, _, small = self._watch(smaller, self._losses, seed=1)
         check_per_example(losses, 3)
         check_per_example(again, 2)
+        pairs = []
         for row, position in enumerate(two):
             alone, _, _ = self._watch(self.move(examples.take([position] * 2)), self._losses, seed=2 + row)
             for other in (losses, again):
                 check_alone(alone[0, 0], other[row, 0], ids[row])
+            pairs.append((alone[0, 0], losses[row, 0]))
         self._check_dependent(losses)
         refuse_reentrant(losses)
         oracle = [autograd(losses[p, 0], self.parameters) for p in (0, 1)]
@@ -268,6 +271,7 @@ class Tracker:
         placed = [use for use in tap.uses if use.weight not in lost and use.bias not in lost]
         for row in (0, 1):
             self._check_coupling(placed, losses[:, 0], row, ids, larger)
+        check_undivided(pairs, 3 / 2, self.parameters, ids[0])
         agreements = [self._agreement(grads) for grads in oracle]
         self._verify(tap, losses, agreements)
         self._verify_on_others(examples)
@@ -329,13 +333,16 @@ class Tracker:
     def _check_alone(self, batch: Any, ids: Sequence[Any], scalars: Scalars) -> None:
         """The measurement of one example must not depend on the others."""
         batch = self.move(batch)
-        together = self._watch(batch, scalars)[0].detach()
+        together = self._watch(batch, scalars)[0]
         check_per_example(together, len(ids))
-        check_finite(together, ids, batch)
+        check_finite(together.detach(), ids, batch)
         largest = int(together[:, 0].abs().argmax())
         pair = map_tensors(batch, lambda t: t[[largest, largest]])
         alone = self._watch(pair, scalars, seed=1)[0]
         check_alone(alone[0, 0], together[largest, 0], ids[largest], "measurement")
+        if len(ids) != 2:
+            both = (alone[0, 0], together[largest, 0])
+            check_undivided([both], len(ids) / 2, self.parameters, ids[largest], "measurement")
 
     def _verify_objective(self, losses: Tensor, gradients: Gradients, what: str) -> None:
         """Compare the first gradients of an objective that training does not have with autograd's."""
