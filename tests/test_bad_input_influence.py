@@ -80,6 +80,16 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     ),
     "unknown precision": (lambda: uw.Cache("somewhere", precision="int3"), ["int3", "int8"]),
     "nonsense memory": (lambda: method(memory="lots"), ["lots", "2GB"]),
+    "memory with two points": (lambda: method(memory="1.2.3GB"), ["1.2.3GB", "2GB"]),
+    "no memory": (lambda: method(memory=None), ["memory=None", "2GB"]),
+    "a list of parameters": (
+        lambda: method(parameters=["1.weight"]).fit(small()),
+        ["list", "names.__contains__"],
+    ),
+    "a function for a model": (
+        lambda: uw.Influence(trained("mlp").forward, uw.Classification()).fit(small()),
+        ["torch.nn.Module"],
+    ),
     "no task": (lambda: uw.Influence(trained("mlp"), torch.nn.CrossEntropyLoss()), ["Task"]),
     "model changed since fit": (changed, ["changed since fit"]),
     "model changed through .data since fit": (changed_by_data, ["changed since fit"]),

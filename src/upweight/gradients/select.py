@@ -37,6 +37,11 @@ def select_parameters(model: nn.Module, which: ParameterFilter = None) -> dict[s
         chosen = trainable
     elif callable(which) and not isinstance(which, re.Pattern):
         chosen = {name: p for name, p in trainable.items() if which(name)}
+    elif not isinstance(which, (str, re.Pattern)):
+        raise UpweightError(
+            f"parameters is {type(which).__name__}, expected a regular expression or a function of the name -> for a "
+            "list of names, pass names.__contains__"
+        )
     else:
         try:
             pattern = re.compile(which)
@@ -66,6 +71,10 @@ def select_parameters(model: nn.Module, which: ParameterFilter = None) -> dict[s
 
 def check_model(model: nn.Module) -> None:
     """Raise if a module is in train mode whose output then depends on the batch or on chance, naming the modules."""
+    if not isinstance(model, nn.Module):
+        raise UpweightError(
+            f"the model is {type(model).__name__}, expected a torch.nn.Module -> wrap it in one"
+        )
     batchwise = (nn.modules.batchnorm._BatchNorm,)
     norms = [n for n, m in model.named_modules() if isinstance(m, batchwise) and m.training]
     drops = [n for n, m in model.named_modules() if m.training and _drops(m)]
