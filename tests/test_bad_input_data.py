@@ -211,6 +211,9 @@ def test_data_frames_are_refused():
     [
         (range(3), r"3 ids were given for 10 examples -> pass one id per example"),
         ([0] * N, r"the ids repeat -> every example needs its own id"),
+        (torch.zeros(N, dtype=torch.long), r"the ids repeat -> every example needs its own id"),
+        ([[i] for i in range(N)], r"ids\[0\] is \[0\] -> use integers or strings"),
+        ([i + 0.5 for i in range(N)], r"ids\[0\] is 0.5 -> use integers or strings"),
     ],
 )
 def test_unusable_ids_are_refused(ids, message):

@@ -26,6 +26,24 @@ def changed() -> None:
     fitted.attribute(small())
 
 
+def changed_by_data() -> None:
+    fitted = method(fisher="empirical").fit(small())
+    fitted.model[1].weight.data.mul_(2)  # not counted by torch
+    fitted.attribute(small())
+
+
+def frozen() -> None:
+    fitted = method(fisher="empirical").fit(small())
+    fitted.model[1].requires_grad_(False)
+    fitted.attribute(small())
+
+
+def replaced() -> None:
+    fitted = method(fisher="empirical").fit(small())
+    fitted.model.load_state_dict({k: v.clone() for k, v in fitted.model.state_dict().items()}, assign=True)
+    fitted.attribute(small())
+
+
 def nan_query() -> None:
     x, y = (t.clone() for t in small())
     x[3] = float("nan")
@@ -50,6 +68,10 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: method(fisher="empirical", damping=0.0).fit(small()).attribute(small()),
         ["singular", "damping"],
     ),
+    "singular curvature in an index": (
+        lambda: method(fisher="empirical", damping=0.0).fit(small(), cache=uw.Cache("unused", "index")),
+        ["singular", "damping"],
+    ),
     "unknown curvature": (lambda: method(curvature="newton").fit(small()), ["newton", "ekfac"]),
     "unknown Fisher": (lambda: method(fisher="guessed").fit(small()), ["guessed", "empirical"]),
     "Fisher without a distribution": (
@@ -58,8 +80,21 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     ),
     "unknown precision": (lambda: uw.Cache("somewhere", precision="int3"), ["int3", "int8"]),
     "nonsense memory": (lambda: method(memory="lots"), ["lots", "2GB"]),
+    "memory with two points": (lambda: method(memory="1.2.3GB"), ["1.2.3GB", "2GB"]),
+    "no memory": (lambda: method(memory=None), ["memory=None", "2GB"]),
+    "a list of parameters": (
+        lambda: method(parameters=["1.weight"]).fit(small()),
+        ["list", "names.__contains__"],
+    ),
+    "a function for a model": (
+        lambda: uw.Influence(trained("mlp").forward, uw.Classification()).fit(small()),
+        ["torch.nn.Module"],
+    ),
     "no task": (lambda: uw.Influence(trained("mlp"), torch.nn.CrossEntropyLoss()), ["Task"]),
     "model changed since fit": (changed, ["changed since fit"]),
+    "model changed through .data since fit": (changed_by_data, ["changed since fit"]),
+    "a layer frozen since fit": (frozen, ["1.weight", "frozen since fit", "requires_grad"]),
+    "parameters replaced since fit": (replaced, ["1.weight", "replaced since fit", "fit again"]),
     "empty queries": (
         lambda: (
             method(fisher="empirical")

@@ -45,13 +45,37 @@ def test_reduced_losses_are_refused(name, dtype):
         track(mlp().to(dtype), task=Task.from_functions(loss))
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e-5, 3e-5, 1e-4, 1e-3, 1.0, 1e3])
 def test_reduced_losses_are_refused_however_small_or_large_they_are(size):
     def loss(model, batch):
         return size * F.cross_entropy(model(batch[0]), batch[1], reduction="none") / len(batch[1])
 
     with refused("averaged over the batch"):
         track(mlp(), task=Task.from_functions(loss))
+
+
+def test_reduced_measurements_are_refused_however_small_they_are():
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    tracker = track(mlp(), task=Task.from_functions(loss, lambda m, b: 1e-6 * loss(m, b) / len(b[1])))
+    with refused("averaged over the batch"):
+        tracker.query(data(), IDS)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("margin", [10.0, 12.0, 14.0, 15.0, 16.0, 20.0, 110.0])
+def test_tiny_losses_of_a_saturated_model_are_no_trouble(margin, seed):
+    torch.manual_seed(seed)
+    model = nn.Linear(4, CLASSES)
+    x = torch.randn(8, 4)
+    y = model(x).argmax(1)
+    gap = model(x).topk(2).values
+    with torch.no_grad():
+        model.weight.mul_(margin / float((gap[:, 0] - gap[:, 1]).min()))
+        model.bias.mul_(margin / float((gap[:, 0] - gap[:, 1]).min()))
+    tracker = track(model, (x, y))
+    tracker.query((x[:5], y[:5]), range(5))
 
 
 @pytest.mark.parametrize("name", REDUCED)

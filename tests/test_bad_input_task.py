@@ -73,6 +73,22 @@ def test_wrong_labels_are_refused_by_name(task, targets, message):
         task.check_targets((torch.zeros(3, 3), torch.tensor(targets)), ["a", "b", "c"], (3,))
 
 
+@pytest.mark.parametrize(
+    ("task", "targets"),
+    [
+        (Classification(), torch.full((3, 2), -100)),
+        (Classification(), torch.zeros(3, dtype=torch.complex64)),
+        (BinaryClassification(), torch.full((3, 2), 7.0)),
+    ],
+    ids=["padded tokens", "complex numbers", "several labels"],
+)
+def test_targets_of_another_form_are_left_to_the_check_of_the_outputs(task, targets):
+    batch = (torch.zeros(3, 3 if isinstance(task, Classification) else 1), targets)
+    task.check_targets(batch, ["a", "b", "c"], (3,))
+    with pytest.raises(UpweightError, match=r"expected .* -> "):
+        task.train_loss(Fixed(), batch)
+
+
 def test_unknown_options_are_refused():
     with pytest.raises(
         UpweightError, match=r"measurement='accuracy' is unknown -> use one of \['logit', 'loss', 'margin'\]"

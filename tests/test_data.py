@@ -227,3 +227,19 @@ def test_trees_keep_their_form():
     assert [t.shape for t in tensors_in(tree)] == [X.shape, Y.shape]
     assert signature((X, Y)) == ["float32[2]", "int64[]"]
     assert isinstance(as_tensors({"a": np.float32(3)})["a"], torch.Tensor)
+
+
+def test_a_single_number_of_a_column_has_a_fingerprint():
+    table = torch.arange(12.0).reshape(6, 2)
+    one = Examples((table[:1], table[:1, 1]))  # stride 2, and yet contiguous
+    assert one.fingerprint() == Examples((table[:1].clone(), torch.tensor([1.0]))).fingerprint()
+    assert one.fingerprint() != Examples((table[:1], table[:1, 0])).fingerprint()
+
+
+def test_a_sampler_of_a_part_of_the_data_gives_that_part():
+    table = torch.arange(12.0)[:, None]
+    for part in (range(5), range(7)):
+        loader = DataLoader(TensorDataset(table), batch_size=2, sampler=SequentialSampler(part))
+        examples = Examples(loader)
+        assert examples.n == len(part)
+        assert torch.equal(torch.cat([rows.batch[0] for rows in examples.batches(2)]), table[: len(part)])

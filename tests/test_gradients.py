@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from upweight.data import Examples, map_tensors
 from upweight.gradients import Dense, Factored, Gradients, Tracker
 from upweight.gradients.blocks import Piece
-from upweight.task import FisherKind
+from upweight.task import FisherKind, Regression
 
 TOLERANCE = {torch.float64: (1e-10, 1e-4), torch.float32: (1e-5, 1e-2)}
 """{dtype: (relative error of a parameter's gradient, the floor of what it is relative to)}; see oracles.worst_error."""
@@ -40,6 +40,41 @@ def test_training_gradients_equal_autograd(case, dtype):
     model, batch, tracker = track(case, dtype)
     found = by_parameter(tracker, tracker.train(batch, range(N)))
     assert_close(found, oracles.gradients(case.oracle_loss(), model, batch, N, case.parameters), dtype)
+
+
+def sort_the_batch(m, x):
+    order = x[:, 0, 0].argsort()
+    return m.b(m.a(x.mean(1)[order]).tanh()[order.argsort()])
+
+
+def route_tokens(m, x):
+    flat, out = x.flatten(0, 1), torch.zeros(len(x) * 4, 6, dtype=x.dtype)
+    for chosen, expert in ((flat[:, 0] > 0, m.a), (flat[:, 0] <= 0, m.c)):
+        out = out.index_copy(0, chosen.nonzero()[:, 0], expert(flat[chosen]).tanh())
+    return m.b(out.unflatten(0, (-1, 4)).mean(1))
+
+
+def call_a_layer_for_some(m, x):
+    out, some = m.a(x.mean(1)), (x[:, 0, 0] < 0).nonzero()[:, 0]
+    return m.b((out.index_add(0, some, m.c(x[some]).mean(1)) if len(some) else out).tanh())
+
+
+@pytest.mark.parametrize("forward", [sort_the_batch, route_tokens, call_a_layer_for_some])
+def test_examples_that_a_use_orders_by_the_data_are_not_taken_for_others(forward):
+    x, y = normal(4, 4)(12, torch.Generator().manual_seed(0)).double(), torch.zeros(12, 1)
+    y[:2] = (
+        50  # the largest losses are the probe: sorted, two tokens of each sign an example, the first one positive
+    )
+    counts = torch.tensor([2, 2, 1, 3, 3, 1, 4, 1, 0, 3, 2, 2])
+    x[:, :, 0] = torch.where(torch.arange(4) < counts[:, None], 1.0, -1.0) + torch.arange(12)[:, None] / 24
+    torch.manual_seed(0)
+    model = Net(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 1), c=nn.Linear(4, 6)).double()
+    tracker = Tracker(model, Regression(), Examples((x, y)))
+    shuffled = (x[[5, 8, 4, 3]], y[[5, 8, 4, 3]])
+    found = by_parameter(tracker, tracker.train(shuffled, range(4)))
+    oracle = oracles.of_outputs(oracles.half_squared)
+    assert_close(found, oracles.gradients(oracle, model, shuffled, 4))
+    assert tracker.layers["b"].how == "factors"
 
 
 @each([case for case in CASES if case.autocast is not None])

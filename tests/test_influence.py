@@ -454,3 +454,19 @@ def test_bfloat16_autocast_is_close():
     assert rough.info["autocast"] == "bfloat16" and rough.values.dtype == torch.float32
     correlation = torch.corrcoef(torch.stack([truth.values.reshape(-1), rough.values.reshape(-1)]))[0, 1]
     assert correlation > 0.99
+
+
+def test_a_model_that_squeezes_its_output_may_meet_a_single_query():
+    class Squeezed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).squeeze()
+
+    def scores(kind: type[nn.Sequential]) -> Tensor:
+        torch.manual_seed(0)
+        model, x = kind(nn.Linear(3, 1)), torch.randn(9, 3)
+        method = uw.Influence(
+            model, uw.Regression(), batch_size=4, progress=False
+        )  # a batch of one at the end
+        return method.fit((x, x[:, 0])).attribute((x[:1], x[:1, 0])).values
+
+    assert torch.equal(scores(Squeezed), scores(nn.Sequential))

@@ -56,6 +56,22 @@ def test_hooks_of_the_user_stay_and_are_called():
     assert {"forward", "before", "backward"} <= set(calls)
 
 
+def test_what_a_forward_pass_keeps_is_no_tensor_of_a_finished_vmap():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.head = nn.Parameter(torch.eye(4)), nn.Linear(4, 3)
+
+        def forward(self, x):
+            self.features = torch.einsum("bi,ij->bj", x, self.mix)
+            return self.head(self.features)
+
+    case = Case("keeps", Keeps, normal(4))
+    model = case.build()
+    everything(case, model, case.batch(N))
+    assert torch.isfinite(model.features.detach().sum())
+
+
 def test_inputs_stay_as_they_were():
     case = Case("inputs", lambda: mlp(nn.ReLU, inplace=True), normal(4))
     model, batch = case.build(), case.batch(N)

@@ -116,7 +116,7 @@ def forget_the_curvatures_n(patch: pytest.MonkeyPatch) -> None:
 
 
 def subtract_damping(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(operators, "_inverse", lambda values, damping: 1 / (values - damping))
+    patch.setattr(operators, "damped_inverse", lambda values, damping: 1 / (values - damping))
 
 
 def damp_factors_apart(patch: pytest.MonkeyPatch) -> None:

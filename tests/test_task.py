@@ -39,6 +39,13 @@ class Fixed(nn.Module):
         return x + self.shift
 
 
+class Squeezed(Fixed):
+    """The same, without axes of size 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).squeeze()
+
+
 # Losses and measurements
 
 PAIRS = [(kind, name) for kind, measures in oracles.MEASURE.items() for name in measures]
@@ -334,3 +341,13 @@ def test_a_task_of_its_own_kind_needs_a_training_loss_alone():
     task.check_targets(batch, range(N), None)
     with pytest.raises(NotImplementedError):
         Task().train_loss(model, batch)
+
+
+@pytest.mark.parametrize("task", [BinaryClassification(), Regression()], ids=["binary", "regression"])
+def test_a_squeezed_output_of_one_example_is_one_number(task):
+    """``model(x).squeeze()`` takes the only example's axis away, too."""
+    batch = (torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([1.0]))
+    squeezed = Squeezed()
+    assert torch.equal(task.train_loss(squeezed, batch), task.train_loss(Fixed(), batch))
+    generator = torch.Generator().manual_seed(0)
+    assert task.pseudo_losses(squeezed, batch, "sampled", 2, generator)[0].shape == (1, 2)

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from upweight._trees import raw_bytes
 from upweight.errors import StoreError
 
 _Result = TypeVar("_Result")
@@ -96,7 +97,7 @@ def write_tensors(
 
     put(len(text).to_bytes(8, "little") + text)
     for _, tensor in ordered:
-        put(_raw_bytes(tensor))
+        put(raw_bytes(tensor))
     return 8 + len(text) + end, checksum.hexdigest()
 
 
@@ -136,13 +137,8 @@ def _seal(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         checksum.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        checksum.update(_raw_bytes(tensor))
+        checksum.update(raw_bytes(tensor))
     return checksum.hexdigest()
-
-
-def _raw_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's memory itself, copied only if it is not contiguous or not on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def json_text(value: object, name: str) -> str:

@@ -109,6 +109,12 @@ def digest_of(tree: Any) -> str:
 def hash_tree(digest: Any, tree: Any) -> None:
     """Add every value, shape and dtype to a hash."""
     for tensor in tensors_in(tree):
-        tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's memory itself, copied only if it is not contiguous or not on the CPU."""
+    whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    # Not reshape(-1), which keeps the stride of a single number of a column: it cannot be viewed as bytes.
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy().data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import psutil
@@ -31,10 +32,12 @@ def parse_memory(memory: int | str) -> int:
     if memory == "auto":
         return int(psutil.virtual_memory().available * AUTO_SHARE)
     if isinstance(memory, str):
-        match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*", memory.lower())
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmgt]?)i?b?\s*", memory.lower())
         if match is None:
             raise UpweightError(f"memory={memory!r} is no size -> write 'auto', a number of bytes, or '2GB'")
         memory = int(float(match[1]) * _UNITS[match[2]])
+    if not isinstance(memory, (int, float)) or math.isnan(memory):
+        raise UpweightError(f"memory={memory!r} is no size -> write 'auto', a number of bytes, or '2GB'")
     if memory <= 0:
         raise UpweightError(f"memory={memory} must be positive -> write 'auto', a number of bytes, or '2GB'")
     return int(memory)

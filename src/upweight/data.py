@@ -26,6 +26,7 @@ from torch.utils.data import (
 )
 from torch.utils.data import default_collate as torch_collate
 
+from upweight._ids import as_ids
 from upweight._random import preserved
 from upweight._trees import (
     as_tensors,
@@ -84,9 +85,10 @@ class Examples:
         self.n = self._source.n
         if self.n == 0:
             raise UpweightError("the data is empty -> pass at least one example")
+        ids = None if ids is None else as_ids(ids, "ids")
         if ids is not None and len(ids) != self.n:
             raise UpweightError(f"{len(ids)} ids were given for {self.n} examples -> pass one id per example")
-        self.ids: Sequence[Any] = range(self.n) if ids is None else list(ids)
+        self.ids: Sequence[Any] = range(self.n) if ids is None else ids
         if len(self.ids) != len(set(self.ids)):
             raise UpweightError("the ids repeat -> every example needs its own id")
         self._fingerprint: str | None = None
@@ -286,11 +288,13 @@ def _refuse_other_leaves(tree: Any) -> None:
 
 
 def _open_loader(loader: DataLoader) -> _Tensors | _Items | _Stream:
-    in_order = isinstance(loader.sampler, SequentialSampler)
+    sampler, whole = loader.sampler, getattr(loader.sampler, "data_source", None) is loader.dataset
+    in_order = whole and isinstance(sampler, SequentialSampler)
     whole_shuffle = (
-        isinstance(loader.sampler, RandomSampler)
-        and not loader.sampler.replacement
-        and loader.sampler.num_samples == len(loader.sampler.data_source)
+        whole
+        and isinstance(sampler, RandomSampler)
+        and not sampler.replacement
+        and sampler.num_samples == len(sampler.data_source)
     )
     if type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
         return _Stream(loader)  # batches of its own making, or none: the data set gives whole batches

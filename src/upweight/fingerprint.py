@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import nn
 
+from upweight._trees import raw_bytes
+
 
 def model_fingerprint(model: nn.Module) -> str:
     """Hash of every parameter's and buffer's name, shape, dtype and values."""
@@ -14,12 +16,16 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
             continue
-        tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
 def model_versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Where each tensor is and how often it was written to: a cheap sign of whether a model changed."""
-    return tuple((t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers()))
+    """Where each tensor is, how often it was written to and its sum: a cheap sign of whether a model changed.
+
+    The sum is for writes through ``p.data``, as moving averages do them: torch does not count those.
+    """
+    tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
+    sums = [t.sum().item() if t.is_floating_point() and t.itemsize > 1 else 0 for t in tensors]
+    return tuple((t.data_ptr(), hash((t._version, total))) for t, total in zip(tensors, sums, strict=True))

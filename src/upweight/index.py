@@ -24,6 +24,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from upweight.curvature import Curvature, Inverse
+from upweight.curvature.operators import damped_inverse
 from upweight.errors import UpweightError
 from upweight.gradients import Gradients
 from upweight.passes import Pass, Step
@@ -173,7 +174,7 @@ def whiten(inverse: Inverse, gradients: Gradients) -> Tensor:
     parts = []
     for name, block in gradients.items():
         layer = inverse.curvature.layers[name]
-        root = (layer.eigenvalues.flatten() + inverse.damping[name]).rsqrt()
+        root = damped_inverse(layer.eigenvalues.flatten(), inverse.damping[name]).sqrt()
         parts.append(layer.coordinates(block).mul_(root))
     return torch.cat(parts, 1)
 

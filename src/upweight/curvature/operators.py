@@ -78,13 +78,13 @@ class Diagonal:
         return block.dense()
 
     def precondition(self, block: Block, damping: float) -> Block:
-        inverse = _inverse(self.values, damping)
+        inverse = damped_inverse(self.values, damping)
         if isinstance(block, Sparse):  # rows that were looked up, each scaled by its own table row
             return Sparse(block.ids, block.rows * inverse.reshape(block.table)[block.ids], block.table)
         return Dense(block.dense() * inverse)
 
     def quadratic(self, block: Block, damping: float) -> Tensor:
-        inverse = _inverse(self.values, damping)
+        inverse = damped_inverse(self.values, damping)
         return torch.cat([block[rows].dense().square() @ inverse for rows in tiles(block)])
 
 
@@ -103,10 +103,10 @@ class Full:
         return block.dense() @ self.vectors
 
     def precondition(self, block: Block, damping: float) -> Block:
-        return Dense((self.coordinates(block) * _inverse(self.values, damping)) @ self.vectors.mT)
+        return Dense((self.coordinates(block) * damped_inverse(self.values, damping)) @ self.vectors.mT)
 
     def quadratic(self, block: Block, damping: float) -> Tensor:
-        return self.coordinates(block).square() @ _inverse(self.values, damping)
+        return self.coordinates(block).square() @ damped_inverse(self.values, damping)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Kronecker:
         )
 
     def precondition(self, block: Block, damping: float) -> Block:
-        inverse = _inverse(self.values, damping)
+        inverse = damped_inverse(self.values, damping)
         if isinstance(block, Factored) and block.positions == 1:
             return Spectral(*self.basis.rotate(block), self.basis, inverse)
         groups, rows, cols = self.values.shape
@@ -145,7 +145,7 @@ class Kronecker:
         return Dense(torch.cat(parts))
 
     def quadratic(self, block: Block, damping: float) -> Tensor:
-        inverse = _inverse(self.values, damping)
+        inverse = damped_inverse(self.values, damping)
         out = []
         for part in tiles(block):
             tile = block[part]
@@ -186,7 +186,8 @@ def rotate_factors_first(positions: int, rows: int, cols: int) -> bool:
     return positions * (rows**2 + cols**2) < rows * cols * (rows + cols)
 
 
-def _inverse(values: Tensor, damping: float) -> Tensor:
+def damped_inverse(values: Tensor, damping: float) -> Tensor:
+    """``1 / (values + damping)``; raises where that would magnify rounding noise."""
     damped = values + damping
     smallest = float(damped.min()) if damped.numel() else 1.0
     # Without damping, an eigenvalue within the rounding of the largest one is a zero that happens to look positive.

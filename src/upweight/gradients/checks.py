@@ -27,6 +27,10 @@ def check_per_example(losses: Tensor, batch: int) -> None:
     )
 
 
+_ROUNDING = {torch.float64: (1e-6, 1e-7), torch.float32: (1e-3, 1e-5)}
+"""{dtype: how much a loss may differ from batch to batch, relative and absolute}."""
+
+
 def check_alone(alone: Tensor, among: Tensor, example: Any, what: str = "loss") -> None:
     """Raise if one example's loss in one batch is not what it is in another.
 
@@ -37,15 +41,44 @@ def check_alone(alone: Tensor, among: Tensor, example: Any, what: str = "loss") 
         what: what the numbers are, in words.
     """
     one, other = float(alone.detach()), float(among.detach())
-    relative, absolute = {torch.float64: (1e-6, 1e-7), torch.float32: (1e-3, 1e-5)}.get(
-        among.dtype, (5e-2, 1e-2)
-    )
+    relative, absolute = _ROUNDING.get(among.dtype, (5e-2, 1e-2))
     if abs(one - other) > relative * max(abs(one), abs(other)) + absolute:
         raise UpweightError(
             f"the {what} of example {example} is {one:.6g} in one batch and {other:.6g} in another: it is averaged "
             "over the batch, the examples see each other (padding that is not masked?), or the forward pass is random "
             "-> return reduction='none' losses that depend on their own example only, from a model in eval mode"
         )
+
+
+def check_undivided(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    ratio: float,
+    parameters: Mapping[str, Tensor],
+    example: Any,
+    what: str = "loss",
+) -> None:
+    """Raise if tiny losses, which rounding hides from `check_alone`, shrink as their batch grows: their gradients do.
+
+    Args:
+        pairs: one example's loss in a small batch and in a larger one, for some examples.
+        ratio: the larger batch's size by the smaller one's.
+        parameters: what to differentiate in.
+        example: an id, for the message.
+        what: what the numbers are, in words.
+    """
+    for pair in pairs:
+        if max(float(loss.detach().abs()) for loss in pair) > 4 * _ROUNDING.get(pair[0].dtype, (0, 1e-2))[1]:
+            return
+        small, large = (
+            sum(float(g.double().square().sum()) for g in autograd(loss, parameters).values()) ** 0.5
+            for loss in pair
+        )
+        if large == 0 or abs(small / large - ratio) > 0.02 * ratio:
+            return
+    raise UpweightError(
+        f"the gradient of the {what} of example {example} is {ratio:g} times as large in a batch that is as many times "
+        "smaller: it is averaged over the batch -> return reduction='none' losses"
+    )
 
 
 def check_uncoupled(delta: Tensor, batch: int, example: Any, layer: str) -> None:

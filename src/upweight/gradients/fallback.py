@@ -26,6 +26,24 @@ class _Objective(nn.Module):
         return self.scalars(self.model, batch, drawn)[0][0]
 
 
+def _shadow(model: nn.Module) -> nn.Module:
+    """The model's modules again, around the same tensors: what a forward pass writes to attributes stays on them.
+
+    A model that keeps its features (``self.features = h``) would otherwise be left with a tensor of a finished vmap.
+    """
+    copies: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) not in copies:
+            twin = copies[id(module)] = type(module).__new__(type(module))
+            twin.__dict__ = module.__dict__.copy()
+            twin._parameters, twin._buffers = module._parameters.copy(), module._buffers.copy()
+            twin._modules = {n: None if m is None else copied(m) for n, m in module._modules.items()}
+        return copies[id(module)]
+
+    return copied(model)
+
+
 def vmapped(
     model: nn.Module, parameters: Mapping[str, Tensor], scalars: Scalars, batch: Any, drawn: Tensor | None
 ) -> dict[str, Tensor]:
@@ -34,7 +52,7 @@ def vmapped(
     Raises:
         RuntimeError: whatever torch.func says of a model it cannot vectorise (recurrent kernels, data-dependent flow).
     """
-    objective = _Objective(model, scalars)
+    objective = _Objective(_shadow(model), scalars)
     leaves = list(tensors_in(batch))
 
     def of_example(moving: dict[str, Tensor], parts: list[Tensor], drawn_part: Tensor | None) -> Tensor:

@@ -68,6 +68,12 @@ def pick_probe(
     return (order[0], order[min(1, len(order) - 1)]), shape
 
 
+def pick_others(examples: Examples) -> list[int]:
+    """Positions of four of the candidates, last first: an order that the probe, and the data as it is, do not have."""
+    count = min(examples.alike, CANDIDATES)
+    return list(range(count - 1, -1, -max(1, count // 4)))[:4]
+
+
 def compare_layouts(
     larger: Sequence[Use], smaller: Sequence[Use]
 ) -> tuple[dict[Any, list[Layout]], dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -37,6 +37,11 @@ def select_parameters(model: nn.Module, which: ParameterFilter = None) -> dict[s
         chosen = trainable
     elif callable(which) and not isinstance(which, re.Pattern):
         chosen = {name: p for name, p in trainable.items() if which(name)}
+    elif not isinstance(which, (str, re.Pattern)):
+        raise UpweightError(
+            f"parameters is {type(which).__name__}, expected a regular expression or a function of the name -> for a "
+            "list of names, pass names.__contains__"
+        )
     else:
         try:
             pattern = re.compile(which)
@@ -66,6 +71,10 @@ def select_parameters(model: nn.Module, which: ParameterFilter = None) -> dict[s
 
 def check_model(model: nn.Module) -> None:
     """Raise if a module is in train mode whose output then depends on the batch or on chance, naming the modules."""
+    if not isinstance(model, nn.Module):
+        raise UpweightError(
+            f"the model is {type(model).__name__}, expected a torch.nn.Module -> wrap it in one"
+        )
     batchwise = (nn.modules.batchnorm._BatchNorm,)
     norms = [n for n, m in model.named_modules() if isinstance(m, batchwise) and m.training]
     drops = [n for n, m in model.named_modules() if m.training and _drops(m)]
@@ -79,6 +88,22 @@ def check_model(model: nn.Module) -> None:
             f"dropout is in train mode ({_some(drops)}): every gradient would be of another random network -> call "
             "model.eval() first"
         )
+
+
+def check_still_tracked(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Raise if a parameter was frozen or replaced after it was selected: its gradients would all be zero."""
+    now = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if now.get(name) is not parameter:
+            raise UpweightError(
+                f"parameter {name} was replaced since fit, so its gradients can no longer be followed "
+                "(load_state_dict(assign=True), a new layer) -> fit again"
+            )
+        if not parameter.requires_grad:
+            raise UpweightError(
+                f"parameter {name} was frozen since fit, so it has no gradient any more -> set its requires_grad = "
+                "True, or fit again without it"
+            )
 
 
 def _drops(module: nn.Module) -> bool:

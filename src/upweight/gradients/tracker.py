@@ -30,6 +30,7 @@ from upweight.gradients.checks import (
     check_finite,
     check_per_example,
     check_uncoupled,
+    check_undivided,
     constant_buffers,
     explained,
     is_finite,
@@ -40,8 +41,8 @@ from upweight.gradients.fallback import Scalars, looped, vmapped
 from upweight.gradients.gradients import Gradients
 from upweight.gradients.layers import Layer, VectorLayer
 from upweight.gradients.operations import Layout
-from upweight.gradients.probe import compare_layouts, measure_coverage, pick_probe
-from upweight.gradients.select import ParameterFilter, check_model, select_parameters
+from upweight.gradients.probe import compare_layouts, measure_coverage, pick_others, pick_probe
+from upweight.gradients.select import ParameterFilter, check_model, check_still_tracked, select_parameters
 from upweight.gradients.tap import Tap, Use
 from upweight.task import FisherKind, Task
 
@@ -158,6 +159,7 @@ class Tracker:
     def _capture(
         self, batch: Any, ids: Sequence[Any], scalars: Scalars, what: str = "loss", reproducible: bool = True
     ) -> list[Gradients]:
+        check_still_tracked(self.model, self.parameters)
         batch = self.move(batch)
         losses, drawn, tap = self._watch(batch, scalars)
         check_per_example(losses, len(ids))
@@ -255,10 +257,12 @@ class Tracker:
         again, _, small = self._watch(smaller, self._losses, seed=1)
         check_per_example(losses, 3)
         check_per_example(again, 2)
+        pairs = []
         for row, position in enumerate(two):
             alone, _, _ = self._watch(self.move(examples.take([position] * 2)), self._losses, seed=2 + row)
             for other in (losses, again):
                 check_alone(alone[0, 0], other[row, 0], ids[row])
+            pairs.append((alone[0, 0], losses[row, 0]))
         self._check_dependent(losses)
         refuse_reentrant(losses)
         oracle = [autograd(losses[p, 0], self.parameters) for p in (0, 1)]
@@ -267,28 +271,51 @@ class Tracker:
         placed = [use for use in tap.uses if use.weight not in lost and use.bias not in lost]
         for row in (0, 1):
             self._check_coupling(placed, losses[:, 0], row, ids, larger)
-        self._verify(tap, losses, [self._agreement(grads) for grads in oracle], larger)
+        check_undivided(pairs, 3 / 2, self.parameters, ids[0])
+        agreements = [self._agreement(grads) for grads in oracle]
+        self._verify(tap, losses, agreements)
+        self._verify_on_others(examples)
+        for name, block in self._fallback_blocks(larger, losses, None, self._losses, True)[0].items():
+            if not all(agreement.holds(name, block[p]) for p, agreement in enumerate(agreements)):
+                self._vectorises = False
         hows = {name: layer.how for name, layer in self.layers.items()}
         self.coverage = measure_coverage(self.model, self.parameters, losses, oracle, hows)
 
-    def _verify(self, tap: Tap, losses: Tensor, oracle: Sequence[Agreement], batch: Any) -> None:
+    def _verify(self, tap: Tap, losses: Tensor, agreements: Sequence[Agreement]) -> None:
         """Send every parameter whose fast gradient differs from autograd's to another layout, then to the fallback."""
         deltas = self._backward(losses[:, 0], tap.uses, retain=True)
-        wrong = self._wrong_parameters(tap, deltas, oracle)
+        oracle = dict(enumerate(agreements))
+        wrong = self._wrong_parameters(tap.uses, deltas, oracle, len(losses))
         if wrong:  # merged axes may keep positions first: try that for the layers concerned
             before = dict(self._layout_of)
             for key, layouts in before.items():
                 if key[0] in wrong or key[1] in wrong:
                     self._layout_of[key] = [replace(layout, position_major=True) for layout in layouts]
-            still = self._wrong_parameters(tap, deltas, oracle)
+            still = self._wrong_parameters(tap.uses, deltas, oracle, len(losses))
             for key in before:  # what this did not mend goes back and to the fallback
                 if key[0] in still or key[1] in still:
                     self._layout_of[key] = before[key]
             for name in still:
                 self._to_fallback(name, "its fast gradient differs from autograd's")
-        for name, block in self._fallback_blocks(batch, losses, None, self._losses, True)[0].items():
-            if not all(agreement.holds(name, block[p]) for p, agreement in enumerate(oracle)):
-                self._vectorises = False
+
+    def _verify_on_others(self, examples: Examples) -> None:
+        """The same for others in another order: a model may sort its batch, or route tokens by their content."""
+        positions = pick_others(examples)
+        if len(positions) < 2:
+            return
+        losses, _, tap = self._watch(self.move(examples.take(positions)), self._losses)
+        uses = [use for use in tap.uses if use.key in self._layout_of]
+        new = [use for use in tap.uses if use.key not in self._layout_of]
+        for use in new:  # of parameters that go to the fallback, which needs no layout
+            self._layout_of[use.key] = [Layout(0)]
+        oracle = {
+            row: self._agreement(autograd(losses[row, 0], self.parameters)) for row in range(len(losses))
+        }
+        deltas = self._backward(losses[:, 0], uses, retain=False)
+        wrong = self._wrong_parameters(uses, deltas, oracle, len(losses), slack=10)
+        wrong.update(tap.strangers, (n for use in new for n in (use.weight, use.bias) if n is not None))
+        for name in wrong:
+            self._to_fallback(name, "which examples a use holds depends on the data")
 
     def _check_coupling(
         self, uses: Sequence[Use], losses: Tensor, row: int, ids: Sequence[Any], batch: Any
@@ -306,13 +333,16 @@ class Tracker:
     def _check_alone(self, batch: Any, ids: Sequence[Any], scalars: Scalars) -> None:
         """The measurement of one example must not depend on the others."""
         batch = self.move(batch)
-        together = self._watch(batch, scalars)[0].detach()
+        together = self._watch(batch, scalars)[0]
         check_per_example(together, len(ids))
-        check_finite(together, ids, batch)
+        check_finite(together.detach(), ids, batch)
         largest = int(together[:, 0].abs().argmax())
         pair = map_tensors(batch, lambda t: t[[largest, largest]])
         alone = self._watch(pair, scalars, seed=1)[0]
         check_alone(alone[0, 0], together[largest, 0], ids[largest], "measurement")
+        if len(ids) != 2:
+            both = (alone[0, 0], together[largest, 0])
+            check_undivided([both], len(ids) / 2, self.parameters, ids[largest], "measurement")
 
     def _verify_objective(self, losses: Tensor, gradients: Gradients, what: str) -> None:
         """Compare the first gradients of an objective that training does not have with autograd's."""
@@ -330,33 +360,39 @@ class Tracker:
         self._verified.add(what)
 
     def _wrong_parameters(
-        self, tap: Tap, deltas: Sequence[Tensor | None], oracle: Sequence[Agreement]
+        self,
+        uses: Sequence[Use],
+        deltas: Sequence[Tensor | None],
+        oracle: Mapping[int, Agreement],
+        batch: int,
+        slack: float = 1.0,
     ) -> set[str]:
-        layouts = self._layouts(tap.uses)
+        """Parameters whose fast gradients differ from autograd's, which `oracle` has for some rows of the batch."""
+        layouts = self._layouts(uses)
         wrong: set[str] = set()
         for layer in self.layers.values():
             if _is_fallback(layer):
                 continue
             mine = [
                 (use, delta, layout)
-                for use, delta, layout in zip(tap.uses, deltas, layouts, strict=True)
+                for use, delta, layout in zip(uses, deltas, layouts, strict=True)
                 if delta is not None and (use.weight in layer.parameters or use.bias in layer.parameters)
             ]
             try:
-                block = block_of(layer, mine, 3, self.parameters[layer.weight], self.dtype)
+                block = block_of(layer, mine, batch, self.parameters[layer.weight], self.dtype)
                 flat = layer.to_parameters(block.dense())
             except (ValueError, RuntimeError):
                 wrong.update(layer.parameters)
                 continue
             for name, grads in flat.items():
-                if not all(agreement.holds(name, grads[p]) for p, agreement in enumerate(oracle)):
+                if not all(agreement.holds(name, grads[row], slack) for row, agreement in oracle.items()):
                     wrong.update(layer.parameters)
         return wrong
 
     def _to_fallback(self, name: str, reason: str) -> None:
         layers: dict[str, Layer] = {}
         for key, layer in self.layers.items():
-            if name not in layer.parameters:
+            if name not in layer.parameters or _is_fallback(layer):
                 layers[key] = layer
                 continue
             for parameter in layer.parameters:

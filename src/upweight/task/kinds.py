@@ -65,6 +65,8 @@ class Classification(OutputTask):
 
     def check_targets(self, batch: Batch, ids: Sequence[Any], output_shape: tuple[int, ...] | None) -> None:
         targets = split_batch(batch)[2]
+        if targets.ndim != 1 or targets.is_complex():
+            return  # no class numbers: the outputs' check says so
         classes = output_shape[-1] if output_shape else 0
         wrong = (targets < 0) | (targets >= classes)
         if wrong.any():
@@ -130,6 +132,9 @@ class BinaryClassification(OutputTask):
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, targets = torch.atleast_1d(
+            outputs, targets
+        )  # model(x).squeeze() of one example has no axis left
         if outputs.numel() != len(outputs) or targets.numel() != len(outputs):
             raise UpweightError(
                 f"outputs have shape {tuple(outputs.shape)} and targets {tuple(targets.shape)}, expected one logit and "
@@ -138,7 +143,10 @@ class BinaryClassification(OutputTask):
         return outputs.reshape(-1), targets.reshape(-1).to(outputs.dtype)
 
     def check_targets(self, batch: Batch, ids: Sequence[Any], output_shape: tuple[int, ...] | None) -> None:
-        targets = split_batch(batch)[2].reshape(-1)
+        targets = split_batch(batch)[2]
+        if targets.numel() != len(ids):
+            return  # not one an example: the outputs' check says so
+        targets = targets.reshape(-1)
         wrong = (targets != 0) & (targets != 1)
         if wrong.any():
             first = int(wrong.nonzero()[0, 0])
@@ -194,6 +202,9 @@ class Regression(OutputTask):
         return self.scale * (outputs - targets).flatten(1).square().sum(1)
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, targets = torch.atleast_1d(
+            outputs, targets
+        )  # model(x).squeeze() of one example has no axis left
         if len(outputs) != len(targets) or _wide_axes(outputs) != _wide_axes(targets):
             raise UpweightError(
                 f"outputs have shape {tuple(outputs.shape)} but targets {tuple(targets.shape)}, expected one shape -> "
