@@ -132,6 +132,21 @@ def test_scores_equal_the_dense_inverse(curvature: str, damping: float, solver):
     json.dumps(scores.info)
 
 
+@pytest.mark.parametrize(
+    ("solver", "tolerance"),
+    [("cg", 1e-5), ("lissa", 5e-3), ("arnoldi", 1e-8), ("nystrom", 1e-6), ("astra", 5e-2)],
+)
+def test_every_solver_by_name_comes_to_the_dense_inverse(solver: str, tolerance: float):
+    """To several times the residual each of them promises."""
+    truth = influence(damping=0.1).fit(TRAIN)
+    method = influence(damping=0.1, solver=solver).fit(TRAIN)
+    scores = method.attribute(QUERY)
+    assert relative(scores.values, truth.attribute(QUERY).values) < tolerance
+    assert relative(method.self_influence().values, truth.self_influence().values) < tolerance
+    assert scores.info["solve"]["solver"] == solver and scores.info["solve"]["converged"]
+    json.dumps(scores.info)
+
+
 def test_cholesky_and_eigenvectors_are_one(monkeypatch):
     by_eigen = influence().fit(TRAIN).attribute(QUERY)
     monkeypatch.setattr("upweight.curvature.solvers.direct.EIGEN_UP_TO", 0)
@@ -264,7 +279,7 @@ def test_automatic_damping_solves_its_equation():
                     float((values / (values + total)).sum()), rel=1e-9
                 )
                 assert info["auto_damping"]["damping"] == info["damping"]
-        assert numbers[1] == pytest.approx(numbers[0], rel=0.3)  # eight random probes
+        assert numbers[1] == pytest.approx(numbers[0], rel=0.4)  # four random probes
 
 
 def test_another_damping_needs_no_other_fit():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from upweight.curvature.exact import ExactCurvature
 
-PROBES = 8
+PROBES = 4
 """Random vectors whose Lanczos quadratures stand in for the trace of a function of H."""
 STEPS = 48
 """Lanczos steps of each."""
