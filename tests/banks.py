@@ -66,7 +66,7 @@ def simulated(generator, n=40, queries=30, count=60, seeds=3, noise=1.0, shared=
     truth = generator.standard_normal((queries, n))
     masks = subsets.half_subsets(n, count, seed=int(generator.integers(1 << 31)), paired=paired).masks
     signal = (~masks).astype(float) @ truth.T  # [subset, query]
-    spread = signal.std()
+    spread = signal.std(axis=0)  # each query's own
     values = signal[:, None] + noise * spread * generator.standard_normal((count, seeds, queries))
     values += shared * spread * generator.standard_normal((count, seeds, 1))
     return truth, Outcomes(masks, values, blocks=np.arange(count) // (2 if paired else 1))

@@ -21,7 +21,7 @@ from upweight.scores import Ranking, Scores, SelfInfluence
 from upweight.task import BinaryClassification, Classification, Regression, Task
 
 if TYPE_CHECKING:
-    from upweight.evaluate import RetrainingBank, lds
+    from upweight.evaluate import RetrainingBank, label_noise, lds, leave_one_out, removal_curve
     from upweight.testing import check_attributor
 
 __version__ = version("upweight")
@@ -30,7 +30,10 @@ __version__ = version("upweight")
 _LAZY = {
     "check_attributor": "upweight.testing",
     "RetrainingBank": "upweight.evaluate",
+    "label_noise": "upweight.evaluate",
     "lds": "upweight.evaluate",
+    "leave_one_out": "upweight.evaluate",
+    "removal_curve": "upweight.evaluate",
 }
 
 __all__ = [
@@ -59,7 +62,10 @@ __all__ = [
     "__version__",
     "check_attributor",
     "from_sklearn",
+    "label_noise",
     "lds",
+    "leave_one_out",
+    "removal_curve",
 ]
 
 

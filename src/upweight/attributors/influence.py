@@ -323,7 +323,9 @@ class Influence(TrainingSetChanges):
         per_query = sum(layer.numel for layer in fitted.tracker.layers.values()) * item
         return max(1, min(queries, int(self.memory * PANEL_SHARE / per_query)))
 
-    def _separable_error(self, queries: Examples | FunctionalQueries, inverse: Any, router: Router) -> float | None:
+    def _separable_error(
+        self, queries: Examples | FunctionalQueries, inverse: Any, router: Router
+    ) -> float | None:
         fitted = self._ready()
         if not router.terms or fitted.sample is None:
             return None

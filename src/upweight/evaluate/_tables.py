@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import matplotlib.axes
     import pandas
+
+Axes = Any
+"""`matplotlib.axes.Axes`."""
 
 
 def frame(columns: Mapping[str, Any]) -> pandas.DataFrame:
@@ -16,7 +18,7 @@ def frame(columns: Mapping[str, Any]) -> pandas.DataFrame:
     return _import("pandas").DataFrame(dict(columns))
 
 
-def axes_or_new(axes: matplotlib.axes.Axes | None) -> matplotlib.axes.Axes:
+def axes_or_new(axes: Axes | None) -> Axes:
     """The axes given, or those of a new figure, which no global state holds on to."""
     if axes is not None:
         return axes

@@ -12,10 +12,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import joblib
 import numpy as np
@@ -30,43 +28,18 @@ from upweight.evaluate.checks import (
     warn_of_changed_code,
 )
 from upweight.evaluate.outcomes import Outcomes
+from upweight.evaluate.parallel import in_parallel
+from upweight.evaluate.records import BankReport, attempt_key, kept_state, later_key, plain_ids, run_key
 from upweight.evaluate.runs import Finished, Run, remeasure, train_and_measure
 from upweight.evaluate.subsets import Subsets, half_subsets
 from upweight.progress import progress_bar
 from upweight.store import ShardStore
 from upweight.task import Task
 
-__all__ = ["BankReport", "RetrainingBank"]
+__all__ = ["RetrainingBank"]
 
 TrainFunction = Callable[..., Any]
 ATTEMPTS = 2
-
-
-@dataclass(frozen=True)
-class BankReport:
-    """What a call of `RetrainingBank.run` did.
-
-    Attributes:
-        trained: Models trained and kept by this call.
-        finished: Models the bank holds now, of ``planned``.
-        planned: Subsets times seeds.
-        failed: ``(subset, seed, error)`` of runs that failed twice; they take part in nothing.
-        seconds: Wall time of this call.
-    """
-
-    trained: int
-    finished: int
-    planned: int
-    failed: list[tuple[int, int, str]]
-    seconds: float
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.finished} of {self.planned} models ({self.trained} trained now, in {self.seconds:.1f} s), "
-            f"{len(self.failed)} failed"
-        ]
-        lines += [f"  subset {subset}, seed {seed}: {error}" for subset, seed, error in self.failed[:10]]
-        return "\n".join(lines if len(self.failed) <= 10 else [*lines, "  ..."])
 
 
 class RetrainingBank:
@@ -76,7 +49,7 @@ class RetrainingBank:
 
     Args:
         folder: Where finished runs are kept. Run again after a kill, the bank goes on where it stopped. It may grow by
-            more seeds, and by subsets after those it has; anything else needs a folder of its own.
+            more seeds, and by subsets after those it has; other subsets need a folder of their own.
         train_fn: ``(indices, seed) -> model``, trained from scratch on these positions of the training set (int64
             array). The seed must decide all randomness; the global generators of torch, numpy and Python are seeded
             with it too. For changes of labels it takes ``labels={position: label}`` as well.
@@ -234,7 +207,7 @@ class RetrainingBank:
                     if number == 0:  # after the first few models, rather than after a night
                         check_inputs_matter(store, waves[0])
             failed = [
-                (run.subset, run.seed, store.meta(_attempt(run, ATTEMPTS))["error"])
+                (run.subset, run.seed, store.meta(attempt_key(run, ATTEMPTS))["error"])
                 for run in self._runs()
                 if not store.has(run.key)
             ]
@@ -297,7 +270,7 @@ class RetrainingBank:
             raise UpweightError("model_fn= is not given -> pass a function that builds the untrained network")
         with self._reading() as store:
             model = self.model_fn()
-            model.load_state_dict(_kept_state(store.read(_key(subset, seed))))
+            model.load_state_dict(kept_state(store.read(run_key(subset, seed))))
         return model.eval()
 
     # Which runs --------------------------------------------------------------------------------------------------
@@ -312,7 +285,7 @@ class RetrainingBank:
         return Run(
             subset,
             seed,
-            _key(subset, seed),
+            run_key(subset, seed),
             self.subsets.positions(subset),
             dict(self.subsets.labels[subset]),
         )
@@ -332,7 +305,7 @@ class RetrainingBank:
         return [first, [run for run in self._runs() if run.key not in taken]]
 
     def _outstanding(self, store: ShardStore, run: Run) -> bool:
-        return not store.has(run.key) and not store.has(_attempt(run, ATTEMPTS))
+        return not store.has(run.key) and not store.has(attempt_key(run, ATTEMPTS))
 
     # Work --------------------------------------------------------------------------------------------------------
 
@@ -341,24 +314,7 @@ class RetrainingBank:
             joblib.delayed(train_and_measure)(self.train_fn, self.task, self._queries, run, self.keep_models)
             for run in runs
         )
-        return self._parallel(jobs) if runs else []
-
-    def _parallel(self, jobs: Iterable[Any]) -> Iterator[Any]:
-        """Results as they come in, from this process or from workers of the backend."""
-        if self.backend == "ray":
-            from ray.util.joblib import register_ray  # type: ignore[import-not-found]
-
-            register_ray()
-        limit = {"inner_max_num_threads": 1} if self.backend == "loky" and self.n_jobs != 1 else {}
-        try:
-            with joblib.parallel_config(self.backend, n_jobs=self.n_jobs, **limit):
-                # One job a batch: what is finished comes back at once, and is safe.
-                parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
-            yield from parallel(jobs)
-        except joblib.externals.loky.process_executor.BrokenProcessPool as error:
-            raise UpweightError(
-                "a worker process died (out of memory?) -> use fewer n_jobs and run again: finished models are kept"
-            ) from error
+        return in_parallel(jobs, self.backend, self.n_jobs) if runs else []
 
     def _record(self, store: ShardStore, finished: Finished) -> None:
         run = finished.run
@@ -368,13 +324,13 @@ class RetrainingBank:
             "train_fn": function_digest(self.train_fn),
         }
         if finished.error is not None:
-            attempt = 1 + store.has(_attempt(run, 1))
-            store.write(_attempt(run, attempt), {}, {**meta, "error": finished.error})
+            attempt = 1 + store.has(attempt_key(run, 1))
+            store.write(attempt_key(run, attempt), {}, {**meta, "error": finished.error})
             return
         tensors = {f"query/{name}": values for name, values in finished.measurements.items()}
         tensors |= {f"model/{name}": tensor for name, tensor in (finished.state or {}).items()}
         queries = {
-            name: {"fingerprint": self._queries[name].fingerprint(), **_plain_ids(self._queries[name])}
+            name: {"fingerprint": self._queries[name].fingerprint(), **plain_ids(self._queries[name])}
             for name in finished.measurements
         }
         store.write(run.key, tensors, {**meta, "queries": queries, "model": finished.model})
@@ -383,19 +339,19 @@ class RetrainingBank:
         examples, fingerprint = self._queries[name], self._queries[name].fingerprint()
         with self._writing() as store, progress_bar(name, len(runs), self.progress) as advance:
             for run in runs:
-                state = _kept_state(store.read(run.key))
+                state = kept_state(store.read(run.key))
                 assert self.model_fn is not None
                 values = remeasure(self.model_fn, state, self.task, examples, name)
-                meta = {"fingerprint": fingerprint, **_plain_ids(examples)}
-                store.write(_later(run, name), {f"query/{name}": values}, meta)
+                meta = {"fingerprint": fingerprint, **plain_ids(examples)}
+                store.write(later_key(run, name), {f"query/{name}": values}, meta)
                 advance(1)
 
     # Reading -----------------------------------------------------------------------------------------------------
 
     def _about(self, store: ShardStore, run: Run, name: str) -> dict[str, Any]:
         """Fingerprint and ids of the queries that a finished run measured under a name; empty if it did not."""
-        if store.has(_later(run, name)):
-            return store.meta(_later(run, name))
+        if store.has(later_key(run, name)):
+            return store.meta(later_key(run, name))
         return store.meta(run.key)["queries"].get(name, {})
 
     def _has(self, store: ShardStore, run: Run, name: str) -> bool:
@@ -407,7 +363,7 @@ class RetrainingBank:
             raise UpweightError(
                 f"no queries are called {name!r} here (but {known}) -> bank.measure(query, {name!r})"
             )
-        key = _later(run, name) if store.has(_later(run, name)) else run.key
+        key = later_key(run, name) if store.has(later_key(run, name)) else run.key
         return store.read(key)[f"query/{name}"]
 
     def _manifest(self) -> dict[str, Any]:
@@ -436,17 +392,13 @@ class RetrainingBank:
             yield store
 
     def _check_runs(self, store: ShardStore) -> None:
-        """Refuse a folder with models that this bank would not train."""
-        planned = {run.key: run for run in self._runs()}
-        for key in sorted(store.keys_done):
-            if not key.startswith("run-"):
-                continue
-            run = planned.get(key)
-            if run is None or store.meta(key)["subset"] != self.subsets.digest(run.subset):
+        """Refuse a folder whose models were trained on other subsets."""
+        for run in self._runs():
+            if store.has(run.key) and store.meta(run.key)["subset"] != self.subsets.digest(run.subset):
+                name = self.subsets.names[run.subset]
                 raise CacheMismatchError(
-                    f"{self.folder} holds {key}, which is none of the {len(self.subsets)} subsets x {len(self.seeds)} "
-                    "seeds asked for -> name another folder (a bank can only grow: by more seeds, or by more subsets "
-                    "after the same first ones)"
+                    f"{self.folder} holds a model of another subset {run.subset} than {name!r} -> name another folder "
+                    "(one folder serves more or fewer of the same subsets, but no others)"
                 )
         warn_of_changed_code(store, self.train_fn)
 
@@ -461,27 +413,3 @@ class RetrainingBank:
                     f"{self.folder} measured other queries under the name {name!r} (fingerprint {theirs[:8]}, not "
                     f"{fingerprint[:8]}) -> give these another name, or the bank another folder"
                 )
-
-
-def _key(subset: int, seed: int) -> str:
-    return f"run-{subset:05d}-{seed}"
-
-
-def _attempt(run: Run, number: int) -> str:
-    return f"failed-{number}-{run.key}"
-
-
-def _later(run: Run, name: str) -> str:
-    return f"later-{quote(name, safe='')}-{run.key}"
-
-
-def _kept_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
-    if not state:
-        raise UpweightError("this bank kept no models -> run it with keep_models=True in a new folder")
-    return state
-
-
-def _plain_ids(examples: Examples) -> dict[str, Any]:
-    """The ids, unless they are positions."""
-    return {} if isinstance(examples.ids, range) else {"ids": list(examples.ids)}

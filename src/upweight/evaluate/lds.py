@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from upweight.errors import UpweightError
-from upweight.evaluate._tables import axes_or_new, frame
+from upweight.evaluate._tables import Axes, axes_or_new, frame
 from upweight.evaluate.bootstrap import Estimate, estimate_mean
 from upweight.evaluate.ceiling import NoiseCeiling, block_weights, noise_ceiling, seeds_for
 from upweight.evaluate.outcomes import Outcomes, as_scores
@@ -24,7 +24,6 @@ from upweight.evaluate.ranks import spearman
 from upweight.scores import Scores
 
 if TYPE_CHECKING:
-    import matplotlib.axes
     import pandas
 
 __all__ = ["LDS", "lds", "lds_difference"]
@@ -96,8 +95,9 @@ class LDS:
                 f"width={width}, expected a positive width of the interval -> 0.05 for example"
             )
         spans = {name: high - low for name, (low, high) in self.score.intervals.items()}
-        from_subsets = spans["subsets"] ** 2
-        rest = max(0.0, max(spans.values()) ** 2 - from_subsets)
+        # The squared width is a part of the queries' own, which stays, and one that shrinks as 1/subsets.
+        rest = max(0.0, max(spans["both"], spans["queries"]) ** 2 - spans["subsets"] ** 2)
+        from_subsets = max(spans.values()) ** 2 - rest
         if not width**2 > rest:
             return math.inf
         return math.ceil(self.subsets * from_subsets / (width**2 - rest))
@@ -114,7 +114,7 @@ class LDS:
         """One row per query: query_id, lds."""
         return frame({"query_id": self.query_ids, "lds": self.per_query})
 
-    def plot(self, axes: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
+    def plot(self, axes: Axes = None) -> Axes:
         """Histogram over queries, with the mean, its interval and the ceiling."""
         axes = axes_or_new(axes)
         axes.hist(self.per_query[np.isfinite(self.per_query)], bins=30, color="0.8")

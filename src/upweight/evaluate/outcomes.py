@@ -80,7 +80,7 @@ class Outcomes:
         Raises:
             UpweightError: Fewer than three subsets are left.
         """
-        whole = np.isfinite(self.values).any(axis=2).all(axis=1)
+        whole = np.asarray(np.isfinite(self.values).any(axis=2).sum(axis=1) == self.values.shape[1])
         if whole.sum() < 3:
             raise UpweightError(
                 f"{int(whole.sum())} of {len(whole)} subsets have all their seeds, expected at least 3 -> run the "
