@@ -304,6 +304,7 @@ def test_changed_code_is_warned_of(tmp_path):
         bank(tmp_path, train_fn)
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_and_run_on_one_thread(tmp_path):
     alone, workers = bank(tmp_path / "alone"), bank(tmp_path / "workers", n_jobs=2)
     alone.run()
@@ -311,6 +312,7 @@ def test_worker_processes_give_the_same_and_run_on_one_thread(tmp_path):
     np.testing.assert_array_equal(workers.outcomes("queries").values, alone.outcomes("queries").values)
 
 
+@pytest.mark.slow
 def test_a_real_dask_cluster_gives_the_same(tmp_path):
     distributed = pytest.importorskip("distributed")
     alone, cluster = bank(tmp_path / "alone"), bank(tmp_path / "dask", backend="dask")

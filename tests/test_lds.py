@@ -73,6 +73,7 @@ def test_noiseless_truth_gets_one_and_negated_scores_the_negative():
     np.testing.assert_allclose(negated.per_query, -result.per_query)
 
 
+@pytest.mark.slow
 def test_random_scores_get_zero_within_their_interval():
     generator = np.random.default_rng(3)
     _, outcomes = simulated(generator, queries=100)
