@@ -1,5 +1,8 @@
 """Trace what a trained PyTorch model predicts to the training examples that made it predict so."""
 
+from __future__ import annotations
+
+import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +21,20 @@ from upweight.scores import Ranking, Scores, SelfInfluence
 from upweight.task import BinaryClassification, Classification, Regression, Task
 
 if TYPE_CHECKING:
+    from upweight.evaluate import RetrainingBank, label_noise, lds, leave_one_out, removal_curve
     from upweight.testing import check_attributor
 
 __version__ = version("upweight")
+
+# Imported when first asked for: attribution alone does without what evaluation and its tests bring.
+_LAZY = {
+    "check_attributor": "upweight.testing",
+    "RetrainingBank": "upweight.evaluate",
+    "label_noise": "upweight.evaluate",
+    "lds": "upweight.evaluate",
+    "leave_one_out": "upweight.evaluate",
+    "removal_curve": "upweight.evaluate",
+}
 
 __all__ = [
     "BinaryClassification",
@@ -37,6 +51,7 @@ __all__ = [
     "Ranking",
     "Regression",
     "Representer",
+    "RetrainingBank",
     "Scores",
     "SelfInfluence",
     "SklearnModel",
@@ -47,12 +62,20 @@ __all__ = [
     "__version__",
     "check_attributor",
     "from_sklearn",
+    "label_noise",
+    "lds",
+    "leave_one_out",
+    "removal_curve",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "check_attributor":  # only tests need it
-        from upweight.testing import check_attributor
+    if name not in _LAZY:
+        raise AttributeError(f"module 'upweight' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
 
-        return check_attributor
-    raise AttributeError(f"module 'upweight' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,116 @@
+"""Intervals by resampling queries, training sets, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+__all__ = ["Estimate", "draw_counts", "estimate_mean", "interval"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its confidence intervals, by what was resampled; ``low`` and ``high`` are the widest of them.
+
+    Example:
+        >>> estimate = Estimate(0.5, {"queries": (0.4, 0.6), "subsets": (0.3, 0.65)})
+        >>> print(estimate, estimate.low)
+        0.500 [0.300, 0.650] 0.3
+    """
+
+    value: float
+    intervals: Mapping[str, tuple[float, float]]
+
+    @property
+    def _widest(self) -> tuple[float, float]:
+        bounds = [pair for pair in self.intervals.values() if np.isfinite(pair).all()]
+        return max(bounds, key=lambda pair: pair[1] - pair[0], default=(float("nan"), float("nan")))
+
+    @property
+    def low(self) -> float:
+        """Lower end of the widest interval."""
+        return self._widest[0]
+
+    @property
+    def high(self) -> float:
+        """Upper end of the widest interval."""
+        return self._widest[1]
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def draw_counts(units: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """How often each unit is drawn, [resample, unit]: a bootstrap resample as weights."""
+    return generator.multinomial(units, np.full(units, 1 / units), size=resamples).astype(np.float64)
+
+
+def interval(estimate: float, replicates: np.ndarray, units: int, level: float) -> tuple[float, float]:
+    """Percentile interval, centred on the estimate and widened for a small number of units.
+
+    Replicates of a rank correlation are shifted towards zero (a resample has ties), hence the centring; the bootstrap's
+    variance is short by ``(units-1)/units``, and its tails are those of a normal variable where Student's are due.
+    """
+    replicates = replicates[np.isfinite(replicates)]
+    if units < 2 or len(replicates) < 2 or not np.isfinite(estimate):
+        return float("nan"), float("nan")
+    tail = (1 - level) / 2
+    deviations = np.quantile(replicates - replicates.mean(), [tail, 1 - tail])
+    widen = np.sqrt(units / (units - 1)) * stats.t.ppf(1 - tail, units - 1) / stats.norm.ppf(1 - tail)
+    low, high = estimate + widen * deviations
+    return float(low), float(high)
+
+
+def estimate_mean(
+    per_query: np.ndarray,
+    by_subsets: np.ndarray | None,
+    blocks: int,
+    level: float,
+    generator: np.random.Generator,
+) -> Estimate:
+    """The mean over queries of a statistic, with intervals.
+
+    Args:
+        per_query: [query], NaN where it is not defined.
+        by_subsets: The same recomputed on resampled subsets, [resample, query]; None if nothing but the queries varies.
+        blocks: How many independent subsets there are.
+        level: Of confidence.
+        generator: For the draws of queries.
+
+    Both factors resampled at once count the interaction of query and subset three times instead of once ("The
+    pigeonhole bootstrap", arXiv 0712.1111), so that interval is scaled to the variance ``2 (v_queries + v_subsets) -
+    v_both``, which counts it once, and never to less than either factor's own.
+    """
+    defined = np.isfinite(per_query)
+    queries = int(defined.sum())
+    if not queries:
+        return Estimate(float("nan"), {})
+    values = per_query[defined]
+    mean = float(values.mean())
+    resamples = 2000 if by_subsets is None else len(by_subsets)
+    counts = draw_counts(queries, resamples, generator) / queries
+    one_way = counts @ values
+    intervals = {"queries": interval(mean, one_way, queries, level)}
+    if by_subsets is not None:
+        by_subsets = by_subsets[:, defined]
+        other_way = _mean_of_known(by_subsets, np.ones_like(counts))
+        both = _mean_of_known(by_subsets, counts)
+        v_queries, v_subsets, v_both = one_way.var(), np.nanvar(other_way), np.nanvar(both)
+        variance = max(v_queries, v_subsets, 2 * (v_queries + v_subsets) - v_both)
+        scale = np.sqrt(variance / v_both) if v_both > 0 else 1.0
+        intervals["subsets"] = interval(mean, other_way, blocks, level)
+        intervals["both"] = interval(
+            mean, both.mean() + scale * (both - both.mean()), min(blocks, queries), level
+        )
+    return Estimate(mean, intervals)
+
+
+def _mean_of_known(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted mean of each row without its NaN; NaN if nothing is left."""
+    known = np.isfinite(values)
+    total = (weights * known).sum(axis=1)
+    sums = (weights * np.where(known, values, 0.0)).sum(axis=1)
+    return np.divide(sums, total, out=np.full(len(values), np.nan), where=total > 0)

@@ -1,0 +1,225 @@
+"""Do scores predict what leaving one example out does, and on what scale?
+
+    truth[q, i] = mean over seeds of m_q(theta without i) - m_q(theta of all)       compared with scores[q, i]
+
+A calibrated method has slope 1 and intercept 0 under the convention it predicts: retraining on the mean of n-1 losses
+adds a constant per query that retraining on the sum of losses over n does not have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from upweight.errors import UpweightError
+from upweight.evaluate._tables import Axes, axes_or_new, frame
+from upweight.evaluate.bootstrap import Estimate, draw_counts, estimate_mean, interval
+from upweight.evaluate.outcomes import Outcomes, as_scores
+from upweight.evaluate.ranks import spearman, weighted_pearson
+from upweight.scores import Scores
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["LeaveOneOut", "leave_one_out"]
+
+
+@dataclass(frozen=True, eq=False)
+class LeaveOneOut:
+    """How scores compare with leaving examples out for real.
+
+    Attributes:
+        pearson: Mean over queries of the correlation across examples; higher is better, 1 at most.
+        spearman: The same of ranks.
+        slope: Of truth on prediction, over all pairs; 1 if the scale is right, above 1 if scores are too small.
+        intercept: Of the same line, in the unit of the measurement.
+        noise_sd: Standard deviation between seeds of one measured difference; NaN with a single seed.
+        predicted: [query, example].
+        truth: [query, example], means over seeds.
+        examples: Positions of the examples left out.
+        query_ids: One per query.
+        seeds: Seeds averaged.
+        unit: Of truth, and of calibrated predictions.
+    """
+
+    pearson: Estimate
+    spearman: Estimate
+    slope: Estimate
+    intercept: Estimate
+    noise_sd: float
+    predicted: np.ndarray
+    truth: np.ndarray
+    examples: np.ndarray
+    query_ids: list[int | str]
+    seeds: int
+    unit: str
+
+    @property
+    def noise_sd_of_means(self) -> float:
+        """What seed noise is left in ``truth``; compare it with the spread of ``truth`` itself."""
+        return self.noise_sd / np.sqrt(self.seeds)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per pair: query_id, train, predicted, truth."""
+        queries, examples = self.truth.shape
+        return frame(
+            {
+                "query_id": np.repeat(np.asarray(self.query_ids, dtype=object), examples),
+                "train": np.tile(self.examples, queries),
+                "predicted": self.predicted.reshape(-1),
+                "truth": self.truth.reshape(-1),
+            }
+        )
+
+    def plot(self, axes: Axes = None) -> Axes:
+        """Truth against prediction, with the fitted line."""
+        axes = axes_or_new(axes)
+        axes.scatter(self.predicted, self.truth, s=4, alpha=0.4)
+        ends = np.array([self.predicted.min(), self.predicted.max()])
+        axes.plot(
+            ends, self.intercept.value + self.slope.value * ends, color="C3", label=f"slope {self.slope}"
+        )
+        axes.set(
+            xlabel="score", ylabel=f"change when left out [{self.unit}]", title=f"Pearson {self.pearson}"
+        )
+        axes.legend()
+        return axes
+
+    def __str__(self) -> str:
+        return (
+            f"leave-one-out of {len(self.examples)} examples x {len(self.query_ids)} queries, {self.seeds} seeds: "
+            f"Pearson {self.pearson}, Spearman {self.spearman}, slope {self.slope}, intercept "
+            f"{self.intercept.value:.3g}, noise SD {self.noise_sd:.3g} ({self.noise_sd_of_means:.3g} of the means)"
+        )
+
+
+def leave_one_out(
+    scores: Scores | np.ndarray,
+    outcomes: Outcomes,
+    *,
+    weights: np.ndarray | None = None,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> LeaveOneOut:
+    """Compare scores with leaving examples out for real, one at a time.
+
+    Args:
+        scores: [query, train], positive for proponents.
+        outcomes: From a bank of ``subsets.leave_one_out(n, positions)``: one training set is the whole.
+        weights: [train], how many examples each one that was left out stands for, if they were sampled by their
+            scores (those of the others are not looked at); equal, if None.
+        level: Of the confidence intervals.
+        resamples: Bootstrap resamples of queries and of examples.
+        seed: Of the resampling.
+
+    Raises:
+        UpweightError: The outcomes are not of leaving one out, or lack the whole set.
+
+    Example:
+        >>> from upweight.evaluate import subsets
+        >>> truth = np.array([[1.0, -2.0, 0.5, 3.0]])
+        >>> masks = subsets.leave_one_out(4).masks
+        >>> losses = 7 + (~masks).astype(float) @ truth.T
+        >>> result = leave_one_out(truth / 2, Outcomes(masks, losses[:, None]))
+        >>> result.pearson.value, result.slope.value, result.intercept.value
+        (1.0, 2.0, 0.0)
+    """
+    values = as_scores(scores, outcomes)
+    outcomes = outcomes.complete()
+    truth, examples = removal_effects(outcomes)  # [seed, query, example]
+    means = truth.mean(axis=0)
+    predicted = values[:, examples]
+    given = (np.ones(outcomes.n) if weights is None else np.asarray(weights, dtype=np.float64))[examples]
+    if not (given > 0).all():
+        raise UpweightError(
+            "a weight of an example left out is not positive -> how many examples it stands for"
+        )
+    generator = np.random.default_rng(seed)
+    drawn = draw_counts(len(examples), resamples, generator) * given
+    once = given[None]
+
+    pearson, ranks = (
+        _renamed(estimate_mean(of(once)[0], of(drawn), len(examples), level, generator))
+        for of in (lambda at: _pearson(predicted, means, at), lambda at: spearman(predicted.T, means.T, at))
+    )
+    queries, each = draw_counts(len(means), resamples, generator), np.ones((1, len(means)))
+    line = [part[0] for part in _line(predicted, means, each, once)]
+    resampled = {
+        "queries": (_line(predicted, means, queries, once), len(means)),
+        "examples": (_line(predicted, means, each, drawn), len(examples)),
+        "both": (_line(predicted, means, queries, drawn), min(len(means), len(examples))),
+    }
+    slope, intercept = (
+        Estimate(
+            float(line[part]),
+            {k: interval(line[part], lines[part], units, level) for k, (lines, units) in resampled.items()},
+        )
+        for part in (0, 1)
+    )
+    return LeaveOneOut(
+        pearson,
+        ranks,
+        slope,
+        intercept,
+        float(np.sqrt(truth.var(axis=0, ddof=1).mean())) if len(truth) > 1 else float("nan"),
+        predicted,
+        means,
+        examples,
+        list(outcomes.query_ids or []),
+        len(truth),
+        outcomes.unit,
+    )
+
+
+def removal_effects(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray]:
+    """Change of each measurement when one example is left out, seed by seed.
+
+    Returns:
+        [seed, query, example], and the examples' positions.
+    """
+    missing = (~outcomes.masks).sum(axis=1)
+    if not (missing == 0).any():
+        raise UpweightError(
+            "no model was trained on the whole set -> bank of subsets.leave_one_out(n, positions)"
+        )
+    if not set(missing.tolist()) <= {0, 1}:
+        raise UpweightError(
+            f"a subset leaves out {missing.max()} examples, expected 1 -> bank of subsets.leave_one_out(n, positions)"
+        )
+    left_out = missing == 1
+    # The same seed with and without the example: noise that both share cancels.
+    whole = outcomes.values[missing == 0].mean(axis=0)  # [seed, query]
+    effects = (outcomes.values[left_out] - whole).transpose(1, 2, 0)
+    return effects, np.argmin(outcomes.masks[left_out], axis=1)
+
+
+def _pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of each query's row [query, example] in each resample, [resample, query]."""
+    rows = [weighted_pearson(*np.broadcast_arrays(a, b, weights)) for a, b in zip(x, y, strict=True)]
+    return np.stack(rows, axis=1)
+
+
+def _line(
+    x: np.ndarray, y: np.ndarray, queries: np.ndarray, examples: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and intercept of y on x [query, example], weighted by both axes, for each resample."""
+
+    def total(of: np.ndarray) -> np.ndarray:
+        return ((queries @ of) * examples).sum(axis=1)
+
+    weight, sx, sy = total(np.ones_like(x)), total(x), total(y)
+    mean = sx / weight
+    sxx, sxy = total(x * x) - mean * sx, total(x * y) - mean * sy
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slope = np.where(sxx > 0, sxy / sxx, np.nan)
+    return slope, (sy - slope * sx) / weight
+
+
+def _renamed(estimate: Estimate) -> Estimate:
+    """The same, with what was resampled called examples."""
+    return Estimate(
+        estimate.value, {k.replace("subsets", "examples"): v for k, v in estimate.intervals.items()}
+    )

@@ -1,0 +1,144 @@
+"""What retrained models measured: the truth that scores are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from upweight.errors import UpweightError
+from upweight.scores import Scores
+
+__all__ = ["Outcomes", "as_scores"]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Measurements of queries by models retrained on subsets, **lower is better** whatever the measurement was.
+
+    Attributes:
+        masks: bool, [subset, train]: True where the example was trained on.
+        values: float, [subset, seed, query], in loss orientation; NaN where there is no model (a failed run).
+        query_ids: One per query.
+        seeds: One per seed. A seed is shared by all subsets (common random numbers).
+        blocks: int, [subset]: subsets that were drawn together share a number.
+        unit: Of the measurement.
+        higher_is_better: Whether the measurement was negated to get ``values``.
+        info: Evidence.
+
+    Example:
+        >>> masks = np.array([[True, False], [False, True]])
+        >>> Outcomes(masks, np.array([[[0.1], [0.3]], [[0.5], [0.7]]])).means.round(3).tolist()
+        [[0.2], [0.6]]
+    """
+
+    masks: np.ndarray
+    values: np.ndarray
+    query_ids: Sequence[int | str] | None = None
+    seeds: Sequence[int] | None = None
+    blocks: np.ndarray | None = None
+    unit: str = "loss"
+    higher_is_better: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        masks, values = np.asarray(self.masks), np.asarray(self.values, dtype=np.float64)
+        if masks.ndim != 2 or masks.dtype != bool or values.ndim != 3 or len(masks) != len(values):
+            raise UpweightError(
+                f"masks are {masks.dtype} {masks.shape} and values {values.shape}, expected bool [subset, train] and "
+                "[subset, seed, query] -> a single seed still has its axis"
+            )
+        subsets, seeds, queries = values.shape
+        defaults = {
+            "query_ids": list(range(queries)),
+            "seeds": list(range(seeds)),
+            "blocks": np.arange(subsets),
+        }
+        for name, default in defaults.items():
+            given = getattr(self, name)
+            if given is not None and len(given) != len(default):
+                raise UpweightError(f"{len(given)} {name} for {len(default)} -> give one for each")
+            object.__setattr__(self, name, default if given is None else given)
+        object.__setattr__(self, "masks", masks)
+        object.__setattr__(self, "values", values)
+
+    @property
+    def n(self) -> int:
+        """Training examples."""
+        return self.masks.shape[1]
+
+    @property
+    def means(self) -> np.ndarray:
+        """Mean over seeds, [subset, query]; NaN where a seed is missing."""
+        return self.values.mean(axis=1)
+
+    def complete(self) -> Outcomes:
+        """Without the subsets that lack a seed: a mean over other seeds than the rest would be biased.
+
+        Raises:
+            UpweightError: Fewer than three subsets are left.
+        """
+        whole = np.asarray(np.isfinite(self.values).any(axis=2).sum(axis=1) == self.values.shape[1])
+        if whole.sum() < 3:
+            raise UpweightError(
+                f"{int(whole.sum())} of {len(whole)} subsets have all their seeds, expected at least 3 -> run the "
+                "bank, and look at the runs that failed"
+            )
+        return self if whole.all() else self.select(whole)
+
+    def select(self, subsets: np.ndarray) -> Outcomes:
+        """Only these subsets (a mask, or positions)."""
+        info = {**self.info, "subsets_dropped": len(self.masks) - len(self.masks[subsets])}
+        return Outcomes(
+            self.masks[subsets],
+            self.values[subsets],
+            self.query_ids,
+            self.seeds,
+            np.asarray(self.blocks)[subsets],
+            self.unit,
+            self.higher_is_better,
+            info,
+        )
+
+    def for_queries(self, positions: Sequence[int] | np.ndarray) -> Outcomes:
+        """Only these queries, for example those that nothing was tuned on."""
+        positions = np.arange(self.values.shape[2])[np.asarray(positions)]
+        ids = [self.query_ids[q] for q in positions]  # type: ignore[index]
+        return Outcomes(
+            self.masks,
+            self.values[:, :, positions],
+            ids,
+            self.seeds,
+            self.blocks,
+            self.unit,
+            self.higher_is_better,
+            self.info,
+        )
+
+
+def as_scores(scores: Any, outcomes: Outcomes) -> np.ndarray:
+    """Finite float64 scores [query, train] that fit the outcomes, whatever they came in."""
+    if isinstance(scores, Scores):
+        theirs, ours = list(scores.query_ids), list(outcomes.query_ids or [])
+        if theirs != ours:
+            first = next((pair for pair in zip(theirs, ours) if pair[0] != pair[1]), (len(theirs), len(ours)))
+            raise UpweightError(
+                f"the scores are of other queries than the bank measured (first difference: {first[0]!r} and "
+                f"{first[1]!r}) -> attribute the queries that were given to bank.measure, in that order"
+            )
+        scores = scores.values.detach().cpu().double().numpy()
+    values = np.asarray(scores, dtype=np.float64)
+    expected = (outcomes.values.shape[2], outcomes.n)
+    if values.shape != expected:
+        turned = " (they look transposed)" if values.shape == expected[::-1] else ""
+        raise UpweightError(
+            f"scores have shape {values.shape}, expected [query, train] = {expected}{turned} -> score the queries "
+            "and the training set of the bank"
+        )
+    if not np.isfinite(values).all():
+        raise UpweightError(
+            f"{int((~np.isfinite(values)).sum())} scores are not finite -> a NaN has no rank; see why"
+        )
+    return values
