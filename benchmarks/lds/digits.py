@@ -127,6 +127,11 @@ METHODS: dict[str, Factory | dict[str, Factory]] = {
     "EK-FAC, damping auto": influence("ekfac"),
     "EK-FAC, damping chosen": sweep("ekfac"),
     "EK-FAC empirical, damping chosen": sweep("ekfac", fisher="empirical"),
+    "exact GGN, damping 1e-3": influence("ggn", 1e-3, solver="dual", l2=L2),
+    "exact GGN, damping 3e-3": influence("ggn", 3e-3, solver="dual", l2=L2),
+    "exact GGN, damping auto": influence("ggn", solver="dual", l2=L2),
+    "exact GGN, damping chosen": sweep("ggn", solver="dual", l2=L2),
+    "DataInf, damping auto": influence("datainf"),
 }
 """What the table lists. A dict of factories is a choice, made on the queries that are not reported."""
 
