@@ -21,6 +21,7 @@ from upweight.scores import Ranking, Scores, SelfInfluence
 from upweight.task import BinaryClassification, Classification, Regression, Task
 
 if TYPE_CHECKING:
+    from upweight.attributors.damping_curve import damping_curve
     from upweight.evaluate import RetrainingBank, label_noise, lds, leave_one_out, removal_curve
     from upweight.testing import check_attributor
 
@@ -29,6 +30,7 @@ __version__ = version("upweight")
 # Imported when first asked for: attribution alone does without what evaluation and its tests bring.
 _LAZY = {
     "check_attributor": "upweight.testing",
+    "damping_curve": "upweight.attributors.damping_curve",
     "RetrainingBank": "upweight.evaluate",
     "label_noise": "upweight.evaluate",
     "lds": "upweight.evaluate",
@@ -61,6 +63,7 @@ __all__ = [
     "UpweightError",
     "__version__",
     "check_attributor",
+    "damping_curve",
     "from_sklearn",
     "label_noise",
     "lds",

@@ -77,7 +77,7 @@ class SolvedCurvature:
 
     def _dual_curvature(self) -> Any:
         if self._dual is None:
-            from upweight.curvature.dual import DualCurvature  # type: ignore[import-not-found]  # not needed by any other solver
+            from upweight.curvature.dual import DualCurvature  # not needed by any other solver
 
             operator = self.operator
             self._dual = DualCurvature(
