@@ -7,9 +7,10 @@ Masks Z [subset, train] are 0 or 1, outcomes Y [subset, query]; every estimator 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from scipy.stats import rankdata
@@ -18,7 +19,7 @@ Array = np.ndarray
 Estimator = Literal["lasso", "ridge", "difference"]
 
 LEVELS: dict[str, Array] = {
-    "lasso": np.logspace(0, -2.5, 26),
+    "lasso": np.logspace(0, -3, 25),
     "ridge": np.logspace(4, -4, 25),
     "difference": np.ones(1),
 }
@@ -61,21 +62,49 @@ def difference_of_means(Z: Array, Y: Array) -> Array:
     return np.where(both, means, 0.0)
 
 
-def lasso(X: Array, t: Array, penalties: Array) -> Array:
-    """Weights w [penalty, train] of ``|t - X w|^2 / 2J + penalty |w|_1`` at every penalty, from one LARS path."""
-    from sklearn.linear_model import lars_path
+def compressed(X: Array, T: Array) -> tuple[Array, Array]:
+    """Fewer rows with the same least-squares objective up to a constant: as many as the masks have rank.
 
-    alphas, _, path = lars_path(X, t, method="lasso", alpha_min=float(penalties.min()))  # pyright: ignore[reportArgumentType]
-    order = np.argsort(alphas)
-    knots, corners = alphas[order], path.T[order]
-    # The path is linear between its knots.
-    right = np.clip(np.searchsorted(knots, penalties), 1, max(1, len(knots) - 1))
+    Complementary masks are one row, so that half as many rows are left of pairs.
+    """
+    values, vectors = np.linalg.eigh(X @ X.T)
+    kept = vectors[:, values > 1e-10 * values[-1]]
+    return kept.T @ X, kept.T @ T
+
+
+def lasso(rows: Array, t: Array, penalties: Array, subsets: int) -> Array:
+    """Weights w [penalty, train] of ``|t - X w|^2 / 2J + penalty |w|_1``, from one LARS path.
+
+    LARS drops examples whose masks are combinations of others', and may end a little off the minimum; a single penalty,
+    which is one whose weights are wanted for themselves, is brought there by coordinate descent.
+
+    Args:
+        rows: the compressed masks: of full rank, without which LARS is lost among copies.
+        t: the compressed outcomes of one query.
+        penalties: strongest first.
+        subsets: J.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import lars_path, lasso_path
+
+    wanted = penalties[::-1] * subsets / len(rows)
+    with warnings.catch_warnings():  # of ending the path where nothing is left to explain
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        alphas, _, path = lars_path(rows, t, method="lasso", alpha_min=wanted[0], max_iter=4 * len(rows) + 10)
+    knots, corners = alphas[::-1], path.T[::-1]
     if len(knots) == 1:
-        return np.zeros((len(penalties), X.shape[1]))
-    left = right - 1
-    span = np.maximum(knots[right] - knots[left], np.finfo(float).tiny)
-    share = np.clip((penalties - knots[left]) / span, 0.0, 1.0)[:, None]
-    return (1 - share) * corners[left] + share * corners[right]
+        return np.zeros((len(wanted), rows.shape[1]))
+    # The path is linear between its knots.
+    right = np.clip(np.searchsorted(knots, wanted), 1, len(knots) - 1)
+    span = np.maximum(knots[right] - knots[right - 1], np.finfo(float).tiny)
+    share = np.clip((wanted - knots[right - 1]) / span, 0.0, 1.0)[:, None]
+    weights = ((1 - share) * corners[right - 1] + share * corners[right])[::-1]
+    if len(weights) > 1:
+        return weights
+    with warnings.catch_warnings():  # of a duality gap that rounding keeps above the tolerance
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        start, alphas = weights[0], cast(Any, wanted)  # scikit-learn annotates it too narrowly
+        return lasso_path(rows, t, alphas=alphas, coef_init=start, tol=1e-10, max_iter=2000)[1].T
 
 
 def ridge(X: Array, T: Array, penalties: Array) -> Array:
@@ -101,10 +130,10 @@ def fitted(estimator: Estimator, Z: Array, Y: Array, levels: Array) -> Array:
     scale = scale_of(estimator, X, T)
     if estimator == "ridge":
         return ridge(X, T, levels * scale[0])
-    X = np.asfortranarray(X)
-    found = np.zeros((len(levels), Y.shape[1], Z.shape[1]))
+    rows, targets = compressed(X, T)
+    rows, found = np.asfortranarray(rows), np.zeros((len(levels), Y.shape[1], Z.shape[1]))
     for query in np.flatnonzero(scale > 1e-12 * np.abs(Y).max(initial=0.0)):
-        found[:, query] = lasso(X, T[:, query], levels * scale[query])
+        found[:, query] = lasso(rows, targets[:, query], levels * scale[query], len(Z))
     return found
 
 
@@ -123,7 +152,6 @@ def chosen(estimator: Estimator, Z: Array, Y: Array, folds: Sequence[Array]) -> 
             squared[:, part] += np.square(residual[part] - weights @ moved.T).sum(2)
         total += np.square(residual).sum(1)
     best = squared.argmin(0)
-    # From the strongest penalty down to the weakest that a query chose: LARS then stops early.
     weights = np.zeros((Y.shape[1], Z.shape[1]))
     for level in np.unique(best):
         mine = best == level
