@@ -34,9 +34,48 @@ def tracin(**options) -> Make:
     return make
 
 
+def nearby(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Two checkpoints around the model that the suite hands over."""
+    generator = torch.Generator().manual_seed(3)
+    state = model.state_dict()
+    return [
+        {k: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in state.items()}
+        for _ in range(2)
+    ]
+
+
+class BankOfTheLinearTruth:
+    """A datamodel of outcomes to which every example adds what influence functions say: it must say so again."""
+
+    def __init__(self, model: nn.Module, task: uw.Task) -> None:
+        self.truth = uw.Influence(model, task, curvature="ekfac", damping=1e-2)
+        self.task = task
+
+    def fit(self, train):
+        self.truth.fit(train)
+        self.train = train
+        return self
+
+    def attribute(self, query):
+        effects = self.truth.attribute(query)
+        n = effects.values.shape[1]
+        masks = torch.rand(4 * n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) < 0.5
+        outcomes = masks.numpy(), (1.0 - masks.double() @ effects.values.T).numpy()
+        scores = uw.Datamodel(None, self.task, outcomes=outcomes, alpha=0).fit(self.train).attribute(query)
+        rounding = scores.values.abs() < 1e-12  # what a regression leaves of an exact zero
+        return replace(scores, values=scores.values.masked_fill(rounding, 0.0))
+
+    def self_influence(self):
+        self.truth.self_influence()  # refuses before the fit
+        raise uw.UpweightError("none -> attribute the training data")
+
+
 def influence(curvature: str, **options) -> Make:
     return lambda model, task: uw.Influence(model, task, curvature=curvature, **{"damping": 1e-2, **options})
 
+
+CONTROL = {"sign", "zero gradient", "weight", "damping limit", "layers"}
+"""What is not asked of scores that do not compare the query with the example."""
 
 ATTRIBUTORS: dict[str, tuple[Make, set[str]]] = {
     # the factory, and the checks that do not apply to it
@@ -74,6 +113,14 @@ ATTRIBUTORS: dict[str, tuple[Make, set[str]]] = {
     "TracIn, projected": (tracin(projection=32), {"weight", "damping limit", "layers"}),
     "TracIn, last layer": (tracin(parameters="last_layer"), {"weight", "damping limit"}),
     "Representer": (lambda m, t: uw.Representer(m, t, l2=0.1), {"weight", "damping limit", "layers"}),
+    "Datamodel": (BankOfTheLinearTruth, {"damping limit", "self-influence", "layers"}),
+    "Loss": (uw.Loss, CONTROL),
+    "Margin": (uw.Margin, CONTROL),
+    "GradNorm": (uw.GradNorm, CONTROL),
+    "EL2N": (lambda m, t: uw.EL2N(m, t, checkpoints=nearby(m)), CONTROL),
+    "AUM": (lambda m, t: uw.AUM(m, t, checkpoints=nearby(m)), CONTROL),
+    "Random": (uw.Random, CONTROL),
+    "EmbeddingSimilarity": (uw.EmbeddingSimilarity, {"weight", "damping limit", "layers", "self-influence"}),
 }
 
 

@@ -21,7 +21,17 @@ from upweight.scores import Ranking, Scores, SelfInfluence
 from upweight.task import BinaryClassification, Classification, Regression, Task
 
 if TYPE_CHECKING:
+    from upweight.attributors.baselines.aum import AUM
+    from upweight.attributors.baselines.bm25 import BM25
+    from upweight.attributors.baselines.confident_learning import confident_learning
+    from upweight.attributors.baselines.el2n import EL2N
+    from upweight.attributors.baselines.embedding import EmbeddingSimilarity
+    from upweight.attributors.baselines.grad_norm import GradNorm
+    from upweight.attributors.baselines.loss import Loss
+    from upweight.attributors.baselines.margin import Margin
+    from upweight.attributors.baselines.random_scores import Random
     from upweight.attributors.damping_curve import damping_curve
+    from upweight.attributors.datamodel import Datamodel
     from upweight.evaluate import RetrainingBank, label_noise, lds, leave_one_out, removal_curve
     from upweight.testing import check_attributor
 
@@ -29,6 +39,16 @@ __version__ = version("upweight")
 
 # Imported when first asked for: attribution alone does without what evaluation and its tests bring.
 _LAZY = {
+    "AUM": "upweight.attributors.baselines.aum",
+    "BM25": "upweight.attributors.baselines.bm25",
+    "Datamodel": "upweight.attributors.datamodel",
+    "EL2N": "upweight.attributors.baselines.el2n",
+    "EmbeddingSimilarity": "upweight.attributors.baselines.embedding",
+    "GradNorm": "upweight.attributors.baselines.grad_norm",
+    "Loss": "upweight.attributors.baselines.loss",
+    "Margin": "upweight.attributors.baselines.margin",
+    "Random": "upweight.attributors.baselines.random_scores",
+    "confident_learning": "upweight.attributors.baselines.confident_learning",
     "check_attributor": "upweight.testing",
     "damping_curve": "upweight.attributors.damping_curve",
     "RetrainingBank": "upweight.evaluate",
@@ -39,17 +59,26 @@ _LAZY = {
 }
 
 __all__ = [
+    "AUM",
+    "BM25",
     "BinaryClassification",
     "Cache",
     "CacheMismatchError",
     "Classification",
     "Damping",
+    "Datamodel",
+    "EL2N",
+    "EmbeddingSimilarity",
     "Examples",
     "Functional",
     "GradCos",
     "GradDot",
+    "GradNorm",
     "GroupEffect",
     "Influence",
+    "Loss",
+    "Margin",
+    "Random",
     "Ranking",
     "Regression",
     "Representer",
@@ -63,6 +92,7 @@ __all__ = [
     "UpweightError",
     "__version__",
     "check_attributor",
+    "confident_learning",
     "damping_curve",
     "from_sklearn",
     "label_noise",

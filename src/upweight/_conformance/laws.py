@@ -40,6 +40,7 @@ def shape(problem: Problem) -> None:
 
 def sign(problem: Problem) -> None:
     """A query that is a training example has a positive score for itself: it is its own proponent."""
+    _must_compare(problem)
     own = problem.values(query=problem.train).diagonal()
     if not bool((own > 0).all()):
         worst_one = int(own.argmin())
@@ -184,6 +185,7 @@ def frozen(problem: Problem) -> Measured:
 
 def zero_gradient(problem: Problem) -> None:
     """A training example or query without gradient scores exactly 0, and nothing becomes NaN."""
+    _must_compare(problem)
     problem = problem if problem.unbiased is None else problem.with_model(problem.unbiased)
     train, query = _blank(problem.train, 3), _blank(problem.query, 1)
     gradients = problem.gradients(problem.task.train_loss, take(train, [3]))
@@ -228,6 +230,8 @@ def self_influence(problem: Problem) -> Measured:
         own = method.self_influence()
     except UpweightError as reason:
         raise Inapplicable(f"it refuses: {reason}") from reason
+    if "self_score" in own.info:
+        raise Inapplicable(f"its self score is another one: {own.info['self_score']}")
     batch = problem.moved(problem.train)
     with torch.no_grad():
         loss, asked = (f(problem.model, batch) for f in (problem.task.train_loss, problem.task.measure))
@@ -259,6 +263,13 @@ def layers(problem: Problem) -> Measured:
         close(total, values, "the sum of the layers' parts", problem.tolerance),
         close(values, plain, "scores with per_layer=True", problem.tolerance),
     )
+
+
+def _must_compare(problem: Problem) -> None:
+    """A control, which says that its scores do not compare the query with the example, owes them nothing."""
+    control = problem.scores().info.get("control")
+    if control is not None:
+        raise Inapplicable(f"it is a control: {control}")
 
 
 class _Rows(Dataset):

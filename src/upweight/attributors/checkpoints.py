@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +19,20 @@ Checkpoint: TypeAlias = "StateDict | str | os.PathLike[str] | nn.Module | Callab
 """A state dict, a file that holds one, a model that has one, or a function that returns one."""
 
 _NESTED = ("state_dict", "model_state_dict", "model")
+
+
+def as_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """A list of checkpoints, at least one; raise if it is something else, such as a single checkpoint."""
+    if isinstance(checkpoints, (Mapping, str, os.PathLike, nn.Module)) or not isinstance(
+        checkpoints, Sequence
+    ):
+        raise UpweightError(
+            f"checkpoints is {type(checkpoints).__name__}, expected a list of state dicts, files or functions -> "
+            "put it into a list"
+        )
+    if not checkpoints:
+        raise UpweightError("the list of checkpoints is empty, expected at least one -> [model.state_dict()]")
+    return list(checkpoints)
 
 
 def read_checkpoint(checkpoint: Checkpoint, number: int) -> StateDict:

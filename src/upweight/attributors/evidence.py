@@ -69,7 +69,7 @@ def influence_info(method: Influence, fitted: Fitted) -> dict[str, Any]:
 def shared_info(
     name: str,
     method: Attributor,
-    coverage: Coverage,
+    coverage: Coverage | None,
     fingerprints: dict[str, str],
     n: int,
     batch_size: int,
@@ -80,24 +80,27 @@ def shared_info(
     Args:
         name: the method's name.
         method: its task and options.
-        coverage: of the tracked parameters.
+        coverage: of the tracked parameters; None for a method that tracks none.
         fingerprints: of model and training data.
         n: training examples.
         batch_size: examples per forward pass.
         dtype: of the scores.
     """
+    tracked = {}
+    if coverage is not None:
+        shares = {"parameters": coverage.parameters, "squared_gradient_norm": coverage.squared_norm}
+        tracked = {"coverage": shares, "layers": coverage.layers}
     return {
         "method": name,
         "higher_is_better": method.task.higher_is_better,
         "convention": "positive = proponent: training on the example made the query better, to the method's belief",
-        "coverage": {"parameters": coverage.parameters, "squared_gradient_norm": coverage.squared_norm},
-        "layers": coverage.layers,
+        **tracked,
         "n": n,
         "batch_size": batch_size,
         "dtype": str(dtype).removeprefix("torch."),
         "autocast": str(method.autocast).removeprefix("torch.") if method.autocast is not None else None,
         "fingerprints": dict(fingerprints),
-        "versions": {"upweight": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        "versions": library_versions(),
     }
 
 
@@ -120,6 +123,11 @@ def measure_separable_error(query: Gradients, train: Gradients, inverse: Inverse
         return 0.0
     size = float(norm.norm())
     return float(difference.norm()) / size if size > 0 else 0.0
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    return {"upweight": _version(), "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _version() -> str:

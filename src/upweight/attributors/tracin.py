@@ -12,7 +12,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,12 @@ import torch
 from torch import nn
 
 from upweight.attributors.base import Attributor
-from upweight.attributors.checkpoints import Checkpoint, load_checkpoint, read_checkpoint
+from upweight.attributors.checkpoints import (
+    Checkpoint,
+    as_checkpoints,
+    load_checkpoint,
+    read_checkpoint,
+)
 from upweight.attributors.evidence import shared_info
 from upweight.attributors.projection import Projection
 from upweight.attributors.streaming import Source, add_layers
@@ -88,7 +93,7 @@ class TracIn(Attributor):
         progress: bool = True,
     ) -> None:
         super().__init__(model, task, parameters, memory, batch_size, autocast, progress)
-        self.checkpoints = _as_list(checkpoints)
+        self.checkpoints = as_checkpoints(checkpoints)
         self.learning_rates = _rates(learning_rates, len(self.checkpoints))
         if projection is not None and not (isinstance(projection, int) and projection >= 1):
             raise UpweightError(
@@ -215,19 +220,6 @@ class TracIn(Attributor):
             "projection": self.projection,
             "seed": self.seed,
         }
-
-
-def _as_list(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    if isinstance(checkpoints, (Mapping, str, os.PathLike, nn.Module)) or not isinstance(
-        checkpoints, Sequence
-    ):
-        raise UpweightError(
-            f"checkpoints is {type(checkpoints).__name__}, expected a list of state dicts, files or functions -> "
-            "put it into a list"
-        )
-    if not checkpoints:
-        raise UpweightError("the list of checkpoints is empty, expected at least one -> [model.state_dict()]")
-    return list(checkpoints)
 
 
 def _rates(rates: Sequence[float] | float, count: int) -> list[float]:
