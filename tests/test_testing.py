@@ -83,6 +83,8 @@ ATTRIBUTORS: dict[str, tuple[Make, set[str]]] = {
     "Influence, EK-FAC, auto": (influence("ekfac", damping="auto"), set()),
     "Influence, EK-FAC, empirical": (influence("ekfac", fisher="empirical"), set()),
     "Influence, K-FAC": (influence("kfac"), set()),
+    "Influence, EK-FAC, rescaled": (influence("ekfac", correction="rescaled"), {"weight"}),
+    "Influence, K-FAC, rescaled": (influence("kfac", correction="rescaled"), {"weight"}),
     "Influence, rescaled": (influence("ggn", correction="rescaled"), {"weight"}),
     "Influence, relative": (influence("ggn", correction="relative"), {"weight", "damping limit"}),
     "Influence, relative to the loss": (

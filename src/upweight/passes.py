@@ -67,6 +67,27 @@ class FisherPass:
         for rows in self.examples.batches(self.batch_size):
             yield Step(rows.start, rows.stop, lambda r=rows: self._columns(r))
 
+    def at(self, positions: Sequence[int]) -> list[Gradients]:
+        """The columns of these examples, in their order, with the draws that a walk gives them.
+
+        Loads the steps that hold them, and before that, once, those whose random states no walk has learned yet.
+        """
+        found: list[Sequence[Gradients]] = []
+        order: list[int] = []
+        for start in range(0, max(positions) + 1, self.batch_size):
+            stop = min(start + self.batch_size, self.examples.n)
+            here = [k for k, p in enumerate(positions) if start <= p < stop]
+            if not here and stop in self._states:
+                continue
+            columns = self._columns(Rows(start, stop, self.examples.take(range(start, stop))))
+            rows = torch.as_tensor([positions[k] - start for k in here], device=self.tracker.device)
+            if here:
+                found.append([column.rows(rows) for column in columns])
+            order += here
+        joined = [Gradients.concatenate(list(parts)) for parts in zip(*found, strict=True)]
+        back = torch.as_tensor(order, device=self.tracker.device).argsort()
+        return [column.rows(back) for column in joined]
+
     def _columns(self, rows: Rows) -> Sequence[Gradients]:
         generator = torch.Generator()
         generator.set_state(self._states[rows.start])

@@ -3,7 +3,8 @@
 * ``"rescaled"`` (RIF): the curvature without the example that is removed, ``(1/n) v^T (H - H_i / n + dI)^-1 g_i``.
   First-order influence misses a factor of about ``1 / (1 - h_i)`` for an example of leverage h_i. Exact for the removal
   of one example from a quadratic objective. "Rescaled Influence Functions: Accurate Data Attribution in High Dimension"
-  (arXiv 2506.06656).
+  (arXiv 2506.06656). A Kronecker-factored curvature leaves the example out of its eigenvalues (see
+  `upweight.curvature.leave_out`).
 * ``"relative"``: ``v^T x_i / |x_i|`` with ``x_i = (H + dI)^-1 g_i``, and ``"relative-loss"``:
   ``v^T x_i / sqrt(g_i^T x_i)``, so that examples that move every prediction do not come first everywhere. No unit; an
   example without a gradient scores 0. "RelatIF: Identifying Explanatory Training Examples via Relative Influence"
@@ -12,14 +13,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from upweight.attributors.fitted import CALIBRATED
 from upweight.attributors.reweighted import Reweighted, Side, dense_damped, many_at_once
+from upweight.budget import BATCH_BYTES
+from upweight.curvature import Inverse
+from upweight.curvature.leave_out import rotated
 from upweight.errors import UpweightError
 from upweight.gradients import Gradients
 from upweight.gradients.rowwise import paired
@@ -28,6 +32,9 @@ from upweight.passes import Pass, Step
 if TYPE_CHECKING:
     from upweight.attributors.fitted import Fitted
     from upweight.attributors.influence import Influence
+
+Corrected: TypeAlias = "tuple[Any, Tensor | float]"
+"""Training gradients, and what their inner products are multiplied by: a number, or one an example [batch]."""
 
 ROWS_SHARE = 0.05
 """Share of the memory budget for the preconditioned rows of the curvature."""
@@ -51,6 +58,7 @@ class Correction:
 
     def __init__(self, method: Influence, fitted: Fitted, inverse: Any) -> None:
         self.method, self.fitted = method, fitted
+        self.plain = inverse
         self.inverse = many_at_once(inverse, list(fitted.tracker.layers)) if method.correction else inverse
         if method.correction and fitted.index is not None:
             raise UpweightError(
@@ -63,21 +71,34 @@ class Correction:
             if method.curvature == "hessian":
                 self._damped = dense_damped(method, fitted)
 
-    def __call__(self, step: Any) -> tuple[Any, Tensor | float]:
-        """The gradients whose inner products with preconditioned queries are scores, and what to multiply these by."""
-        loaded = step.load()
-        if self.method.correction is None:
-            return loaded, 1.0
-        if self.method.correction == "rescaled":
-            return self._rescaled(step, loaded), 1.0
-        if self.method.correction == "relative":
-            solved = self.inverse @ loaded
-            return loaded, self.fitted.examples.n * _inverse_root(paired(solved, solved))
-        return loaded, self.fitted.examples.n * _inverse_root(self._quadratic(loaded))
+    def __call__(self, step: Any) -> Iterator[Corrected]:
+        """Gradients whose inner products with `queries` are n times the scores, and what to multiply these by.
 
-    def over(self, training: Any) -> Pass[tuple[Any, Tensor | float]]:
+        In parts, one after the other: a structured curvature's are as long as the parameters.
+        """
+        loaded = step.load()
+        if self.method.correction == "rescaled":
+            if self.structured:
+                yield from ((solved, 1.0) for _, solved in self._left_out(step, loaded))
+            else:
+                yield self._rescaled(step, loaded), 1.0
+        else:
+            yield loaded, self._scale(loaded)
+
+    def queries(self, gradients: Gradients) -> Gradients:
+        """What a query's gradients are multiplied by: the damped inverse, unless the training gradients have it."""
+        if self.method.correction == "rescaled" and self.structured:
+            return rotated(self.inverse, gradients)
+        return self.plain @ gradients
+
+    @property
+    def structured(self) -> bool:
+        """Whether the curvature is known by its eigenvalues, layer by layer."""
+        return isinstance(self.inverse, Inverse)
+
+    def over(self, training: Any) -> Pass[Iterable[Corrected]]:
         """A pass whose steps load what the correction makes of them."""
-        return _Corrected(self, training)
+        return _CorrectedPass(self, training)
 
     def own(self, step: Any) -> dict[str, Tensor]:
         """N times the self-influence of every example of a step, [batch], in parts that add up."""
@@ -87,9 +108,36 @@ class Correction:
         if self.method.correction is None:
             return dict(self.inverse.quadratic(loaded))
         if self.method.correction == "rescaled":
+            if self.structured:
+                pairs = [paired(own, solved) for own, solved in self._left_out(step, loaded)]
+                return {"": torch.cat(pairs)}
             return {"": paired(self.inverse @ loaded, self._rescaled(step, loaded))}
-        quadratic, scale = self._quadratic(loaded), self(step)[1]
-        return {"": quadratic * scale}
+        return {"": self._quadratic(loaded) * self._scale(loaded)}
+
+    def _scale(self, loaded: Gradients) -> Tensor | float:
+        if self.method.correction is None:
+            return 1.0
+        if self.method.correction == "relative":
+            solved = self.inverse @ loaded
+            return self.fitted.examples.n * _inverse_root(paired(solved, solved))
+        return self.fitted.examples.n * _inverse_root(self._quadratic(loaded))
+
+    def _left_out(self, step: Any, loaded: Gradients) -> Iterator[tuple[Gradients, Gradients]]:
+        """``Q^T g_i`` and ``Q^T (H_-i + dI)^-1 g_i`` of a few examples after the other."""
+        fitted = self.fitted
+        size = (
+            sum(layer.numel for layer in fitted.tracker.layers.values()) * torch.finfo(fitted.dtype).bits // 8
+        )
+        few = max(1, int(min(BATCH_BYTES, self.method.memory * ROWS_SHARE) / (2 * size)))
+        for a in range(0, step.stop - step.start, fitted.batch_size):
+            batch = loaded.rows(slice(a, a + fitted.batch_size))
+            positions = range(step.start + a, step.start + a + batch.batch)
+            side = Side(fitted.examples, positions, -torch.ones(batch.batch))
+            left_out = Reweighted(self.method, fitted, self.inverse, [side]).left_out
+            for b in range(0, batch.batch, few):
+                rows = slice(b, min(b + few, batch.batch))
+                part = batch.rows(rows)
+                yield rotated(self.inverse, part), left_out.rows(rows).solve_rotated(part)
 
     def _rescaled(self, step: Any, loaded: Gradients) -> Gradients:
         """A few examples at a time: their rows of the curvature are held preconditioned, each as long as a gradient."""
@@ -120,11 +168,11 @@ class Correction:
         return torch.stack(list(self.inverse.quadratic(loaded).values())).sum(0)
 
 
-class _Corrected:
+class _CorrectedPass:
     def __init__(self, correction: Correction, training: Any) -> None:
         self.correction, self.training = correction, training
 
-    def __iter__(self) -> Iterator[Step[tuple[Any, Tensor | float]]]:
+    def __iter__(self) -> Iterator[Step[Iterable[Corrected]]]:
         for step in self.training:
             yield Step(step.start, step.stop, lambda s=step: self.correction(s))
 

@@ -47,6 +47,8 @@ class Fitted:
         training: passes over its gradients.
         curvature: with raw eigenvalues.
         fisher: its kind, and columns per example.
+        columns: those of the model's own distribution, with the draws that the curvature was fitted to; None where it
+            has none.
         batch_size: examples per forward pass.
         example_bytes: bytes of one example's factors.
         sample: gradients of a few examples of the layers that may have a separable route, or None.
@@ -62,6 +64,7 @@ class Fitted:
     training: Pass[Gradients]
     curvature: Curvature | SolvedCurvature | DataInfCurvature
     fisher: tuple[FisherKind, int]
+    columns: FisherPass | None
     batch_size: int
     example_bytes: float
     sample: Gradients | None
@@ -113,14 +116,16 @@ def fit_influence(
     if cache is not None:
         manifest = run_manifest(method, tracker, examples)
         saved = SavedCurvature(cache, manifest, first_losses(tracker, examples))
-    index = None
+    index = columns = None
     if exact is not None:
         curvature, fitted_from = exact, "model"
     elif method.curvature == "datainf":
         curvature, fitted_from = DataInfCurvature.fit(training, tracker.layers), "model"
     else:
+        if fisher[0] != "empirical":
+            columns = FisherPass(tracker, examples, size, *fisher, method.seed)
         curvature, fitted_from = _fit_curvature(
-            method, tracker, examples, training, fisher[0], fisher[1], size, saved
+            method, tracker, examples, training, fisher, columns, size, saved
         )
         if cache is not None and cache.precision == "index":
             index = _build_index(method, tracker, examples, curvature, fisher, cache, example_bytes)
@@ -130,6 +135,7 @@ def fit_influence(
         training=training,
         curvature=curvature,
         fisher=fisher,
+        columns=columns,
         batch_size=size,
         example_bytes=example_bytes,
         sample=None if index is not None else _sample(method, tracker, examples, probe, size),
@@ -196,25 +202,25 @@ def _fit_curvature(
     tracker: Tracker,
     examples: Examples,
     training: Pass[Gradients],
-    kind: FisherKind,
-    columns: int,
+    fisher: tuple[FisherKind, int],
+    columns: FisherPass | None,
     size: int,
     saved: SavedCurvature | None,
 ) -> tuple[Curvature, str]:
-    key = f"{method.curvature}-{kind}-{columns}-{method.seed}"
+    kind = fisher[0]
+    key = f"{method.curvature}-{kind}-{fisher[1]}-{method.seed}"
     known = saved.read(key, list(tracker.layers), tracker.device) if saved is not None else None
     if known is not None:
         return known, "cache"
     passes = {"identity": 0, "ekfac": 2}.get(method.curvature, 1)
     lossy = isinstance(training, CachePass) and training.lossy
-    if kind == "empirical":
+    if columns is None:
         # The curvature's inverse would magnify the rounding of a lossy cache: better run the model once more.
         again = Kept(ModelPass(tracker, examples, size), method.memory * KEEP_SHARE, lambda g: g.nbytes)
         source: Any = EmpiricalPass(again if lossy else training)
     else:
-        model_pass = FisherPass(tracker, examples, size, kind, columns, method.seed)
         keep = method.memory * KEEP_SHARE if passes > 1 else 0  # a single pass is never read again
-        source = Kept(model_pass, keep, lambda columns: sum(g.nbytes for g in columns))
+        source = Kept(columns, keep, lambda columns: sum(g.nbytes for g in columns))
     total = max(1, passes) * examples.n
     with progress_bar(f"{method.curvature} curvature", total, method.progress) as advance:
         walk = _Walk(source, advance)

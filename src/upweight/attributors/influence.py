@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from upweight.attributors.base import explained_by_form
 from upweight.attributors.changes import TrainingSetChanges
-from upweight.attributors.corrections import Correction, check_correction
+from upweight.attributors.corrections import Corrected, Correction, check_correction
 from upweight.attributors.evidence import influence_info, measure_separable_error
 from upweight.attributors.exact import check_curvature, solve_evidence, solver_name
 from upweight.attributors.fitted import CALIBRATED, Fitted, first_losses, fit_influence, run_manifest, spread
@@ -212,14 +212,17 @@ class Influence(TrainingSetChanges):
         manifest, evidence = self._result_manifest(queries, per_layer), self._evidence(queries, out)
 
         def panel(start: int, stop: int) -> Any:
-            return self._preconditioned(queries, start, stop, inverse, router)
+            return self._preconditioned(queries, start, stop, correction.queries, router)
 
-        def product(preconditioned: Any, corrected: tuple[Any, Any]) -> dict[str, Tensor]:
-            train_gradients, scale = corrected
-            if per_layer:
-                parts = preconditioned.by_layer(train_gradients.T)
-                return {name: part / n * scale for name, part in parts.items()}
-            return {WHOLE: preconditioned @ train_gradients.T / n * scale}
+        def product(preconditioned: Any, corrected: Iterable[Corrected]) -> dict[str, Tensor]:
+            columns: list[dict[str, Tensor]] = []
+            for train_gradients, scale in corrected:
+                if per_layer:
+                    parts = preconditioned.by_layer(train_gradients.T)
+                    columns.append({name: part / n * scale for name, part in parts.items()})
+                else:
+                    columns.append({WHOLE: preconditioned @ train_gradients.T / n * scale})
+            return {name: torch.cat([part[name] for part in columns], 1) for name in columns[0]}
 
         with ScoreTiles(out, manifest, grid, queries.n, n, names, fitted.dtype, evidence) as tiles:
             fill_tiles(tiles, correction.over(training), panel, product, self.progress)
@@ -271,13 +274,18 @@ class Influence(TrainingSetChanges):
         if key not in self._routers:
             fitted = self._ready()
             terms = {}
-            if fitted.sample is not None:
+            if fitted.sample is not None and self.correction != "rescaled":  # which leaves out of the filter
                 terms = find_terms(fitted.curvature.inverse(self.damping), fitted.sample, self.tolerance)
             self._routers[key] = Router(terms)
         return self._routers[key]
 
     def _preconditioned(
-        self, queries: Examples | FunctionalQueries, start: int, stop: int, inverse: Any, router: Router
+        self,
+        queries: Examples | FunctionalQueries,
+        start: int,
+        stop: int,
+        apply: Callable[[Gradients], Any],
+        router: Router,
     ) -> Any:
         """``(H + damping I)^-1 grad m_q`` for a panel of queries, in the form that the training gradients ask for."""
         fitted = self._ready()
@@ -287,8 +295,8 @@ class Influence(TrainingSetChanges):
         if fitted.index is not None:
             return WhitenedQueries.concatenate([fitted.index.query(g) for g in gradients])
         if self.curvature in (*EXACT_KINDS, "datainf"):  # one solve, or one pass, for the whole panel
-            return inverse @ Gradients.concatenate(list(gradients)).with_router(router)
-        prepared = (router.prepare(inverse @ g) for g in gradients)
+            return apply(Gradients.concatenate(list(gradients)).with_router(router))
+        prepared = (router.prepare(apply(g)) for g in gradients)
         return Gradients.gather(prepared, stop - start).with_router(router)
 
     def _index(self, per_layer: bool = False) -> GradientIndex | None:

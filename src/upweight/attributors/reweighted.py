@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from upweight.curvature import Inverse
 from upweight.curvature.dense import DenseReweighted, as_gradients
 from upweight.curvature.dual import DualInverse
 from upweight.curvature.exact import ExactCurvature
+from upweight.curvature.leave_out import LeftOut, Weighted
 from upweight.curvature.leverage import Each, Group
 from upweight.curvature.solved import SolvedInverse
 from upweight.curvature.solvers.direct import Direct
@@ -50,7 +52,8 @@ class Reweighted:
     """``(H + (delta_i/n) H_i + damping I)^-1`` one member at a time, and the same with the sum over all members.
 
     Args:
-        method: fitted with a Gauss-Newton matrix, a Fisher (by Woodbury), or a Hessian (by refactorisation).
+        method: fitted with a Gauss-Newton matrix (by Woodbury), a Hessian (by refactorisation), or a Kronecker-factored
+            curvature (in its eigenvalues).
         fitted: what its fit learned.
         inverse: the damped inverse of its curvature.
         sides: the members: one side, or the removed and those that take their place, in the same order.
@@ -80,6 +83,8 @@ class Reweighted:
 
     def solve_each(self, gradients: Gradients) -> Gradients:
         """``(H + (delta_i/n) H_i + damping I)^-1 g_i`` for every member."""
+        if isinstance(self.inverse, Inverse):
+            return self.left_out.solve(gradients)
         if not self._refactors:
             return self._each.solve(gradients)
         flat, members = gradients.dense().to(self._dense.damped), gradients.batch
@@ -93,11 +98,21 @@ class Reweighted:
 
     def solve_group(self, gradients: Gradients) -> Gradients:
         """``(H + (1/n) sum_i delta_i H_i + damping I)^-1 g`` for any vectors."""
+        if isinstance(self.inverse, Inverse):
+            return self.left_out.solve_group(gradients)
         return self._dense.solve_group(gradients) if self._refactors else self._group.solve(gradients)
 
     @property
     def _refactors(self) -> bool:
         return self.method.curvature == "hessian"
+
+    # Eigenvalues -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def left_out(self) -> LeftOut:
+        """The members out of a structured curvature."""
+        pairs = zip(self._columns, self.changes, strict=True)
+        return LeftOut([Weighted(c, d) for c, d in pairs], self.inverse, self.n, self.sides[0].ids)
 
     # Woodbury ----------------------------------------------------------------------------------------------------
 
@@ -116,15 +131,21 @@ class Reweighted:
     @cached_property
     def _columns(self) -> list[list[Gradients]]:
         """The rows S_i of each side's members, one `Gradients` [members, p] a row: of the Fisher that was fitted."""
-        tracker, method = self.fitted.tracker, self.method
-        kind, draws = self.fitted.fisher
-        if kind == "sampled":  # not the draws that the curvature saw: the expectation over them is closer
-            batch = tracker.move(self.fitted.examples.take([0]))
-            kind, draws = resolve_fisher(method.task, method.model, batch, "exact", draws)
-        generator = torch.Generator().manual_seed(method.seed)
+        fitted = self.fitted
+        kind, draws = fitted.fisher
+        if kind == "sampled" and not isinstance(self.inverse, Inverse):
+            # Not the draws that the curvature saw: the expectation over them is closer.
+            batch = fitted.tracker.move(fitted.examples.take([0]))
+            kind, draws = resolve_fisher(self.method.task, self.method.model, batch, "exact", draws)
+        generator = torch.Generator().manual_seed(self.method.seed)
         found = []
         for side in self.sides:
-            parts = [tracker.fisher(b, ids, kind, draws, generator) for b, ids in batches(self.fitted, side)]
+            if kind == "sampled" and fitted.columns is not None and side.examples is fitted.examples:
+                found.append(fitted.columns.at(side.positions))
+                continue
+            parts = [
+                fitted.tracker.fisher(b, ids, kind, draws, generator) for b, ids in batches(fitted, side)
+            ]
             found.append([Gradients.concatenate(list(column)) for column in zip(*parts, strict=True)])
         return found
 

@@ -5,6 +5,7 @@ Each operator applies ``(H + damping I)^-1`` to a gradient block and gives the q
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -130,17 +131,41 @@ class Kronecker:
             [flatten_groups(rotated_gradients(self.basis, block[part])) for part in tiles(block)]
         )
 
+    def back(self, coordinates: Tensor) -> Tensor:
+        """Gradients [batch, numel] with these coordinates [batch, numel]."""
+        return flatten_groups(self.basis.back(self._grouped(coordinates)))
+
+    def squares(self, columns: Sequence[Block]) -> Tensor:
+        """``sum_c (Q_B^T G_c Q_A)^2`` [batch, numel] of every example: its part of EK-FAC's eigenvalues."""
+        factored = [c for c in columns if isinstance(c, Factored)]
+        if len(factored) < len(columns) or any(piece.swapped for piece in factored[0].pieces):
+            return torch.stack([self.coordinates(column).square_() for column in columns]).sum(0)
+        first = factored[0]  # all share their inputs: rotate these once
+        if first.positions == 1:
+            left = torch.stack(
+                [matmul_last(c.left(), self.basis.rows)[:, :, 0].square_() for c in factored]
+            ).sum(0)
+            right = self.basis.rotate_inputs(first)[:, :, 0].square_()
+            return flatten_groups(left[:, :, :, None] * right[:, :, None, :])
+        rows, cols = self.values.shape[1:]
+        factors_first = rotate_factors_first(first.positions, rows, cols)
+        right = self.basis.rotate_inputs(first) if factors_first else first.right()
+        total: Tensor | None = None
+        for column in factored:
+            part = rotated_gradients(self.basis, column, right, factors_first).square_()
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return flatten_groups(total)
+
     def precondition(self, block: Block, damping: float) -> Block:
         inverse = damped_inverse(self.values, damping)
         if isinstance(block, Factored) and block.positions == 1:
             return Spectral(*self.basis.rotate(block), self.basis, inverse)
-        groups, rows, cols = self.values.shape
         parts = []
         for part in tiles(
             block
         ):  # several positions: the gradient itself is smaller than its factors' rotation
-            gradients = block[part].dense().reshape(-1, groups, rows, cols).transpose(0, 1)
-            rotated = self.basis.rotate_dense(gradients).mul_(inverse[:, None])
+            rotated = self.basis.rotate_dense(self._grouped(block[part].dense())).mul_(inverse[:, None])
             parts.append(flatten_groups(self.basis.back(rotated)))
         return Dense(torch.cat(parts))
 
@@ -157,6 +182,10 @@ class Kronecker:
                     rotated_gradients(self.basis, tile).square_().mul_(inverse[:, None]).sum((0, 2, 3))
                 )
         return torch.cat(out)
+
+    def _grouped(self, flat: Tensor) -> Tensor:
+        """[batch, numel] as [group, batch, R, C]."""
+        return flat.reshape(-1, *self.values.shape).transpose(0, 1)
 
 
 def rotated_gradients(
@@ -190,11 +219,18 @@ def damped_inverse(values: Tensor, damping: float) -> Tensor:
     """``1 / (values + damping)``; raises where that would magnify rounding noise."""
     damped = values + damping
     smallest = float(damped.min()) if damped.numel() else 1.0
-    # Without damping, an eigenvalue within the rounding of the largest one is a zero that happens to look positive.
-    noise = torch.finfo(values.dtype).eps * float(values.max()) * (10 if damping == 0 else 1e-3)
-    if not smallest > noise or smallest == 0:
+    if not smallest > rounding_noise(values, damping) or smallest == 0:
         raise UpweightError(
             f"damping={damping:g} leaves the curvature singular (smallest damped eigenvalue {smallest:.1e}) -> use "
             "damping='auto' or a larger number"
         )
     return 1 / damped
+
+
+def rounding_noise(values: Tensor, damping: float) -> float:
+    """What a damped eigenvalue must exceed.
+
+    Without damping, one within the rounding of the largest eigenvalue is a zero that happens to look positive.
+    """
+    largest = float(values.max()) if values.numel() else 0.0
+    return torch.finfo(values.dtype).eps * largest * (10 if damping == 0 else 1e-3)
