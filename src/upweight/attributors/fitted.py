@@ -104,6 +104,7 @@ def fit_influence(
     cache = Cache(cache) if isinstance(cache, (str, os.PathLike)) else cache
     if cache is not None and cache.precision == "index":
         check_index_use(method.curvature, per_layer=False)
+    fisher: tuple[FisherKind, int]
     if method.curvature in EXACT_KINDS:
         exact = fit_exact(method, tracker, examples)
         fisher = (exact.operator.fisher, exact.operator.columns)

@@ -275,7 +275,10 @@ class Influence(TrainingSetChanges):
             fitted = self._ready()
             terms = {}
             if fitted.sample is not None and self.correction != "rescaled":  # which leaves out of the filter
-                terms = find_terms(fitted.curvature.inverse(self.damping), fitted.sample, self.tolerance)
+                inverse: Any = fitted.curvature.inverse(
+                    self.damping
+                )  # a Kronecker one, or there is no sample
+                terms = find_terms(inverse, fitted.sample, self.tolerance)
             self._routers[key] = Router(terms)
         return self._routers[key]
 
