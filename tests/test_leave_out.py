@@ -1,4 +1,4 @@
-"""Examples left out of EK-FAC's and K-FAC's eigenvalues, against dense float64 matrices and against really refitting."""
+"""Examples left out of EK-FAC's and K-FAC's eigenvalues, against dense float64 matrices and real refits."""
 
 import curvature_oracles as oracle
 import pytest
