@@ -5,8 +5,8 @@
 
 Truth: the Gauss-Newton matrix of all training examples as a dense float64 matrix, made by torch.func, with the
 penalty of the training objective and the damping, inverted by Cholesky. Every row is a fresh interpreter; seconds are
-of the processor, over all threads. A second table says how many iterations conjugate gradients take to a true residual of
-1e-6, by preconditioner and damping, in float64.
+the processor's, over all threads. A second table says how many iterations conjugate gradients take to a true residual
+of 1e-6, by preconditioner and damping, in float64.
 """
 
 from __future__ import annotations

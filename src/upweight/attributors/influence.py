@@ -32,7 +32,7 @@ from upweight.curvature import Damping
 from upweight.curvature.damping import DampingLike
 from upweight.curvature.exact import EXACT_KINDS
 from upweight.curvature.l2 import L2, describe_l2
-from upweight.curvature.solvers import Preconditioner, Solver
+from upweight.curvature.solvers import Preconditioner, Sketch, Solver
 from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.fingerprint import model_fingerprint, model_versions
@@ -115,7 +115,7 @@ class Influence(TrainingSetChanges):
         curvature: str = "ekfac",
         damping: DampingLike = "auto",
         solver: str | Solver | None = None,
-        preconditioner: str | Preconditioner | None = "auto",
+        preconditioner: str | Sketch | Preconditioner | None = "auto",
         l2: L2 = 0.0,
         correction: str | None = None,
         fisher: str = "auto",
