@@ -11,7 +11,7 @@ class DenseOperator:
 
     def __init__(self, H: Tensor, positive: bool = True) -> None:
         self.H, self.positive, self.size = H, positive, H.shape[0]
-        self.products, self.widths = 0.0, []
+        self.products, self.widths, self.floor = 0.0, [], 0.0
 
     def product(self, x: Tensor) -> Tensor:
         self.products += x.shape[1]
@@ -42,6 +42,7 @@ class SampledOperator(DenseOperator):
         self.J, self.l2 = J, l2
         flat = J.reshape(-1, J.shape[-1])
         super().__init__(flat.T @ flat / len(J) + l2 * torch.eye(J.shape[-1], dtype=J.dtype))
+        self.floor = l2
 
     @property
     def examples(self) -> int:

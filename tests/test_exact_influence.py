@@ -309,7 +309,8 @@ def test_structured_preconditioners_are_symmetric_and_positive(preconditioner: s
     method = influence(solver=Fixed(), preconditioner=preconditioner, l2=0.01).fit(TRAIN)
     scores = method.attribute(QUERY)
     assert scores.info["solve"]["solver"] == "fixed"
-    M = method._fitted.curvature.preconditioned_by(0.02) @ torch.eye(51, dtype=torch.float64)
+    eye = torch.eye(51, dtype=torch.float64)
+    M = method._fitted.curvature.preconditioned_by(0.02, eye) @ eye
     assert relative(M, M.T) < 1e-12
     assert float(torch.linalg.eigvalsh(M)[0]) > 0
     structured = uw.Influence(

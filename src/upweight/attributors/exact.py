@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 DIRECT_UP_TO = 6000
 """Parameters up to which the dense inverse is the default: a few seconds."""
-STRUCTURED = ("ekfac", "kfac", "diagonal")
+PRECONDITIONERS = ("sketch", "ekfac", "kfac", "diagonal")
 """Preconditioners by name."""
+DEFAULT_PRECONDITIONER = {"cg": "sketch", "astra": "ekfac"}
 
 
 def check_curvature(curvature: str, solver: str | Solver | None, l2: L2) -> None:
@@ -76,10 +77,11 @@ def fit_exact(method: Influence, tracker: Tracker, examples: Examples) -> Solved
         operator.check_dense()
     preconditioner = method.preconditioner
     if preconditioner == "auto":
-        preconditioner = "ekfac" if solver != "dual" and solver.name in ("cg", "astra") else None
-    if isinstance(preconditioner, str) and preconditioner not in STRUCTURED:
+        preconditioner = None if solver == "dual" else DEFAULT_PRECONDITIONER.get(solver.name)
+    if isinstance(preconditioner, str) and preconditioner not in PRECONDITIONERS:
         raise UpweightError(
-            f"preconditioner={preconditioner!r} is unknown -> use 'auto', None, one of {list(STRUCTURED)} or an object"
+            f"preconditioner={preconditioner!r} is unknown -> use 'auto', None, one of "
+            f"{list(PRECONDITIONERS)} or an object"
         )
     represented = dict.fromkeys(tracker.layers, f"exact {method.curvature}, one matrix over all layers")
     curvature = SolvedCurvature(operator, solver, preconditioner, {"represented": represented})

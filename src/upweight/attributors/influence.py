@@ -32,7 +32,7 @@ from upweight.curvature import Damping
 from upweight.curvature.damping import DampingLike
 from upweight.curvature.exact import EXACT_KINDS
 from upweight.curvature.l2 import L2, describe_l2
-from upweight.curvature.solvers import Preconditioner, Solver
+from upweight.curvature.solvers import Preconditioner, Sketch, Solver
 from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.fingerprint import model_fingerprint, model_versions
@@ -65,8 +65,8 @@ class Influence(TrainingSetChanges):
         solver: for exact curvatures: ``"direct"``, ``"cg"``, ``"lissa"``, ``"arnoldi"``, ``"nystrom"``, ``"astra"``,
             ``"dual"``, or an object with `name` and `solve`; None for ``"direct"`` up to 6,000 parameters where the
             dense matrix fits the memory budget, else ``"cg"``.
-        preconditioner: of the solver: ``"ekfac"``, ``"diagonal"``, an object with ``@``, None, or ``"auto"``: EK-FAC
-            for ``"cg"`` and ``"astra"``.
+        preconditioner: of the solver: ``"sketch"`` (the largest eigenvalues, roughly), ``"ekfac"``, ``"kfac"``,
+            ``"diagonal"``, an object with ``@``, None, or ``"auto"``: a sketch for ``"cg"``, EK-FAC for ``"astra"``.
         l2: for exact curvatures: the regulariser ``(1/2) sum_j l2_j theta_j^2`` of the training objective, which is
             part of H: one coefficient, {regular expression of parameter names: coefficient}, or a tensor [p].
         correction: None; ``"rescaled"`` (RIF: the curvature without the removed example); ``"relative"`` or
@@ -115,7 +115,7 @@ class Influence(TrainingSetChanges):
         curvature: str = "ekfac",
         damping: DampingLike = "auto",
         solver: str | Solver | None = None,
-        preconditioner: str | Preconditioner | None = "auto",
+        preconditioner: str | Sketch | Preconditioner | None = "auto",
         l2: L2 = 0.0,
         correction: str | None = None,
         fisher: str = "auto",

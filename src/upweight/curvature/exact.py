@@ -97,6 +97,7 @@ class ExactCurvature:
         self.tracker, self.data, self.kind, self.blocks = tracker, examples, kind, blocks
         self.ridge = l2_vector(l2, tracker)  # [p]
         self.l2 = float(self.ridge.mean())  # one number, for what only needs the scale
+        self.floor = float(self.ridge.min())
         self.fisher: FisherKind = fisher
         self.draws, self.seed, self.memory = draws, seed, parse_memory(memory)
         self.size = sum(layer.numel for layer in tracker.layers.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from upweight.curvature.damping import Damping
 from upweight.curvature.exact import ExactCurvature
 from upweight.curvature.solvers.base import Preconditioner, SolveInfo, Solver
 from upweight.curvature.solvers.direct import Direct
+from upweight.curvature.solvers.sketch import Sketch
 from upweight.errors import UpweightError
 from upweight.gradients.blocks import Dense
 from upweight.gradients.gradients import Gradients
@@ -30,13 +32,13 @@ class SolvedCurvature:
     Attributes:
         operator: H by its products.
         solver: what solves ``(H + damping I) x = b``; ``"dual"`` inverts through the columns' Gram matrix.
-        preconditioner: ``"ekfac"``, ``"diagonal"``, a `Preconditioner`, or None.
+        preconditioner: ``"sketch"``, ``"ekfac"``, ``"kfac"``, ``"diagonal"``, a `Sketch` or `Preconditioner`, or None.
         info: what was fitted on what.
     """
 
     operator: ExactCurvature
     solver: Solver | Literal["dual"]
-    preconditioner: str | Preconditioner | None = None
+    preconditioner: str | Sketch | Preconditioner | None = None
     info: dict[str, Any] = field(default_factory=dict)
     _chosen: dict[Damping, float] = field(default_factory=dict)
     _structured: Curvature | None = None
@@ -89,8 +91,12 @@ class SolvedCurvature:
         """All eigenvalues of H where the solver is direct, else None."""
         return self.solver.spectrum(self.operator)[0] if isinstance(self.solver, Direct) else None
 
-    def preconditioned_by(self, damping: float) -> Preconditioner | None:
-        """The preconditioner at a damping; a structured one is fitted when it is first asked for."""
+    def preconditioned_by(self, damping: float, like: Tensor) -> Preconditioner | None:
+        """The preconditioner at a damping, for right-hand sides like [p, k]; fitted when it is first asked for."""
+        if self.preconditioner == "sketch":
+            self.preconditioner = Sketch()
+        if isinstance(self.preconditioner, Sketch):
+            return self.preconditioner.inverse(self.operator, damping, like)
         if not isinstance(self.preconditioner, str):
             return self.preconditioner
         if self._structured is None:
@@ -165,13 +171,13 @@ class SolvedInverse:
         return torch.cat([gradients[name].dense() for name in self.curvature.layers], 1)
 
     def _solve(self, flat: Tensor) -> Tensor:
-        curvature = self.curvature
+        curvature, b, started = self.curvature, flat.T.contiguous(), time.perf_counter()
         assert curvature.solver != "dual"
-        preconditioner = curvature.preconditioned_by(self.number)
-        solution = curvature.solver.solve(
-            curvature.operator, flat.T.contiguous(), self.number, preconditioner
-        )
-        self.solves.append(solution.info)
+        before = curvature.operator.products
+        preconditioner = curvature.preconditioned_by(self.number, b)
+        solution = curvature.solver.solve(curvature.operator, b, self.number, preconditioner)
+        spent = curvature.operator.products - before  # those of the preconditioner included
+        self.solves.append(replace(solution.info, products=spent, seconds=time.perf_counter() - started))
         return solution.value.T
 
     def _blocks(self, flat: Tensor) -> dict[str, Dense]:

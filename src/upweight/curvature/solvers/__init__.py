@@ -13,6 +13,7 @@ from upweight.curvature.solvers.jacobi import Jacobi
 from upweight.curvature.solvers.lissa import Lissa
 from upweight.curvature.solvers.low_rank import LowRankInverse
 from upweight.curvature.solvers.nystrom import Nystrom
+from upweight.curvature.solvers.sketch import Sketch
 from upweight.errors import UpweightError
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
@@ -32,6 +33,7 @@ __all__ = [
     "LowRankInverse",
     "Nystrom",
     "Preconditioner",
+    "Sketch",
     "Solution",
     "SolveInfo",
     "Solver",

@@ -21,7 +21,8 @@ class Arnoldi:
     """Keep the Ritz pairs of H that are largest in absolute value, and invert those.
 
     ``X = E diag(1/(mu + damping)) E^T B + (1/damping) (B - E E^T B)``, with mu [rank] and E [p, rank] from m steps of
-    Lanczos, fully re-orthogonalised. The second term treats the rest of the space as having no curvature; without it
+    Lanczos, fully re-orthogonalised. The second term treats the rest of the space as having no curvature but the
+    regulariser's, which is added to its damping; without it
     (``complement=False``, the paper's form) that part of every gradient is lost, and with it much of the signal.
 
     Args:
@@ -79,16 +80,16 @@ class Arnoldi:
         # The complement of the whole space is empty.
         complement = self.complement and vectors.shape[1] < operator.size
         if complement:
-            check_positive_damping(self.name, damping, "its complement term divides by it")
+            check_positive_damping(self.name, damping + operator.floor, "its complement term divides by it")
         noise = 10 * torch.finfo(b.dtype).eps * float(values.abs().max())
         if operator.positive and damping > 0:
-            values = values.clamp_min(0)  # below it is rounding
+            values = values.clamp_min(operator.floor)  # below it is rounding
         elif float((values + damping).abs().min()) <= noise:
             raise UpweightError(
                 f"arnoldi met the eigenvalue {-damping:g}, which damping={damping:g} turns into zero -> use another "
                 "damping, larger than any negative eigenvalue, or curvature='ggn'"
             )
-        x = LowRankInverse(vectors, values, damping, complement) @ system.b
+        x = LowRankInverse(vectors, values, damping, complement, operator.floor) @ system.b
         notes = {
             "rank": vectors.shape[1],
             "complement": self.complement,

@@ -17,11 +17,14 @@ class LinearOperator(Protocol):
         size: p.
         positive: whether H is positive semi-definite by construction (a Gauss-Newton matrix or a Fisher).
         products: matrix-vector products over the full data so far; a mini-batch's counts as its share.
+        floor: a number >= 0 that H exceeds everywhere by construction, its regulariser: what low-rank methods leave on
+            the directions that they leave out, instead of nothing.
     """
 
     size: int
     positive: bool
     products: float
+    floor: float
 
     def product(self, x: Tensor) -> Tensor:
         """``H x`` for x [p, k]: over all the data, the same bits each time."""

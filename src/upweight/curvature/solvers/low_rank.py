@@ -16,13 +16,14 @@ Factor = TypeVar("Factor")
 
 @dataclass(frozen=True)
 class LowRankInverse:
-    """``U diag(1/(values + damping)) U^T + (1/damping) (I - U U^T)``, a `Preconditioner` if all values are >= 0.
+    """``U diag(1/(values + damping)) U^T + (1/(floor + damping)) (I - U U^T)``, a `Preconditioner` if values are >= 0.
 
     Attributes:
         vectors: U, orthonormal [p, rank].
         values: eigenvalues of H along them [rank].
-        damping: above 0 if there is a complement.
-        complement: whether the rest of the space counts, as directions of no curvature.
+        damping: above 0, or the floor is, if there is a complement.
+        complement: whether the rest of the space counts, as directions of no curvature but the floor.
+        floor: the regulariser, which all directions have; part of the values.
 
     Example:
         >>> import torch
@@ -35,6 +36,7 @@ class LowRankInverse:
     values: Tensor
     damping: float
     complement: bool = True
+    floor: float = 0.0
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """The product with x [p, k]."""
@@ -42,7 +44,7 @@ class LowRankInverse:
         weights = 1 / (self.values + self.damping)
         if not self.complement:
             return self.vectors @ (weights[:, None] * inside)
-        rest = 1 / self.damping
+        rest = 1 / (self.floor + self.damping)
         return rest * x + self.vectors @ ((weights - rest)[:, None] * inside)
 
 

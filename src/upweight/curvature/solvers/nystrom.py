@@ -20,6 +20,8 @@ from upweight.errors import UpweightError
 class Nystrom:
     """Replace H by what a random sketch sees of it, and invert that with damping.
 
+    What the regulariser adds to H is known and left out of the sketch.
+
     ``H ~ C (W^T C)^+ C^T`` with ``C = H W`` and random orthonormal W [p, rank], kept as ``U diag(values) U^T``; then
     ``X = U diag(1/(values + damping)) U^T B + (1/damping) (B - U U^T B)``. A shift by the rounding of C keeps ``W^T C``
     positive, and is taken off the values again.
@@ -75,22 +77,22 @@ class Nystrom:
                 "nystrom needs a positive semi-definite curvature, this one may have negative eigenvalues -> "
                 "curvature='ggn', or solver='arnoldi'"
             )
-        check_positive_damping(self.name, damping, "it divides by it outside the sketch")
-        values, vectors = self._factor(operator, like)
-        return LowRankInverse(vectors, values, damping)
+        check_positive_damping(self.name, damping + operator.floor, "it divides by it outside the sketch")
+        values, vectors = self.eigenpairs(operator, like)
+        return LowRankInverse(vectors, values, damping, floor=operator.floor)
 
-    def _factor(self, operator: LinearOperator, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [rank] and vectors [p, rank] of the sketched H."""
+    def eigenpairs(self, operator: LinearOperator, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [rank], largest first, and vectors [p, rank] of the sketched H."""
         kept = self._kept.get(operator, like)
         if kept is not None:
             return kept
         rank = check_rank(self.name, self.rank, operator.size)
         W = torch.linalg.qr(random_matrix(like, rank, self.seed)).Q
-        C = finite(self.name, operator.product(W))
+        C = finite(self.name, operator.product(W)) - operator.floor * W
         shift = torch.finfo(like.dtype).eps * float(torch.linalg.matrix_norm(C)) * operator.size**0.5
         C = C + shift * W
         core = W.mT @ C
         values, V = torch.linalg.eigh((core + core.mT) / 2)
         root = (V / values.clamp_min(shift / 2).sqrt()) @ V.mT if shift else V  # (W^T C)^(-1/2)
         U, singular, _ = torch.linalg.svd(C @ root, full_matrices=False)
-        return self._kept.keep(operator, like, ((singular.square() - shift).clamp_min(0), U))
+        return self._kept.keep(operator, like, ((singular.square() - shift).clamp_min(0) + operator.floor, U))
