@@ -1,8 +1,9 @@
-"""What a user names as ``path/to/file.py:name`` or ``package.module:name``, imported, or why it cannot be, in one line."""
+"""Import what a user names as ``path/to/file.py:name`` or ``package.module:name``, or say in one line why not."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -137,7 +138,10 @@ def _near(path: Path) -> str:
 
 
 def _callable_without_arguments(value: Any) -> bool:
-    if not callable(value):
+    # Functions, also decorated ones; a model is callable too, but not what is meant.
+    if not isinstance(value, functools.partial) and not (
+        callable(value) and inspect.isroutine(inspect.unwrap(value))
+    ):
         return False
     try:
         inspect.signature(value).bind()

@@ -39,8 +39,8 @@ class Experiment:
         show: How to show an example to a person: a function of one example (in the form of the data, without the batch
             axis) that returns text. Its class is shown if None.
         classes: The names of the classes, by number.
-        methods: ``{name: method}``, where a method is an attributor or a function ``(model, task) -> attributor``. These
-            are evaluated unless others are asked for, and may be asked for by name.
+        methods: ``{name: method}``, where a method is an attributor or a function ``(model, task) -> attributor``.
+            These are evaluated unless others are asked for, and may be asked for by name.
         name: What to call the experiment.
 
     Raises:
