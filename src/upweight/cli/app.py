@@ -13,6 +13,14 @@ from rich.text import Text
 from upweight.cli import attribute, demo, evaluate
 from upweight.errors import UpweightError
 
+HELP = """Which training examples made a PyTorch model predict this, and how far may I trust that answer?
+
+Start with [bold]upweight demo[/]: it needs no files and takes a minute or two.
+
+The other commands take an [bold]EXPERIMENT[/], the few lines of Python that say what your model, its task and \
+its data are: [bold]path/to/file.py:name[/] or [bold]package.module:name[/].
+"""
+
 app = typer.Typer(
     name="upweight",
     add_completion=False,
@@ -22,18 +30,12 @@ app = typer.Typer(
 )
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True, help=HELP)
 def _upweight(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
-    """Which training examples made a PyTorch model predict this, and how far may I trust that answer?
-
-    Start with [bold]upweight demo[/]: it needs no files and takes a minute or two.
-
-    The other commands take an [bold]EXPERIMENT[/], the few lines of Python that say what your model, its task and
-    its data are: [bold]path/to/file.py:name[/] or [bold]package.module:name[/].
-    """
+    """The command line's first word."""
     if version:
         from importlib.metadata import version as installed
 

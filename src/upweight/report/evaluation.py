@@ -136,7 +136,7 @@ def figures(comparison: Comparison) -> dict[str, Any]:
     except ImportError:
         return {}
     rows = comparison.rows[::-1]
-    height = 1.3 + 0.36 * len(rows)
+    height = 1.6 + 0.36 * len(rows)
     bars = Figure(figsize=(7, height), layout="constrained")
     axes = bars.subplots()
     places = np.arange(len(rows))
@@ -176,7 +176,7 @@ def _mark_ceiling(axes: Any, comparison: Comparison) -> None:
     if comparison.ceiling is not None:
         value = comparison.ceiling.value
         axes.axvline(value, color="#a8128f", ls="--", lw=1.2, label=f"noise ceiling {value:.3f}")
-        axes.legend(loc="lower right", fontsize=8)
+        axes.figure.legend(loc="outside lower right", fontsize=8, frameon=False)
     axes.set_title(_drawn(comparison.experiment.name), fontsize=10)
 
 
