@@ -10,6 +10,7 @@ import pytest
 
 import upweight as uw
 from upweight.attributors import by_name
+from upweight.report import evaluation
 
 IMAGES = """
 from pathlib import Path
@@ -83,11 +84,15 @@ def place(tmp_path, monkeypatch):
     """An empty working folder with the experiments' files; loading them leaves no trace."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(evaluation, "figures", lambda comparison: {})  # as without matplotlib, and quicker
     for name, text in {"images.py": IMAGES, "table.py": TABLE}.items():
         (tmp_path / name).write_text(textwrap.dedent(text))
     yield tmp_path
     for name in ("images", "table"):
         sys.modules.pop(name, None)
+
+
+figures_of_a_run = evaluation.figures
 
 
 @pytest.fixture
@@ -98,10 +103,6 @@ def baselines(monkeypatch):
     monkeypatch.setattr("upweight.evaluate.comparison.BASELINES", stand_in)
 
 
-def figures(out):
-    return json.loads(out)
-
-
 def trained(place):
     return (place / "log").read_text().splitlines()
 
@@ -109,7 +110,7 @@ def trained(place):
 def test_the_figures_are_those_of_lds_by_hand(upweight, place, baselines):
     code, out, _ = upweight("evaluate", "images.py:made", *QUICK, "--methods", "ekfac,grad-cos", "--json")
     assert code == 0
-    found = figures(out)
+    found = json.loads(out)
     experiment = uw.Experiment.load("images.py:made")
     bank = uw.RetrainingBank(
         place / "runs/tiny-images/bank",
@@ -141,7 +142,8 @@ def test_the_figures_are_those_of_lds_by_hand(upweight, place, baselines):
     assert (found["bank"]["finished"], found["subsets"], found["train"], found["queries"]) == (12, 6, 30, 10)
 
 
-def test_the_table_the_files_and_a_run_that_is_finished(upweight, place, baselines):
+def test_the_table_the_files_and_a_run_that_is_finished(upweight, place, baselines, monkeypatch):
+    monkeypatch.setattr(evaluation, "figures", figures_of_a_run)
     code, out, err = upweight("evaluate", "images.py:made", *QUICK, "--out", "run")
     assert code == 0 and "12 trained now" in err
     for words in (
@@ -156,11 +158,11 @@ def test_the_table_the_files_and_a_run_that_is_finished(upweight, place, baselin
     assert {path.name for path in (place / "run").iterdir()} == {
         *("bank", "scores", "evaluate.json", "evaluate.html", "evaluate-lds.png", "evaluate-queries.png")
     }
-    first = figures((place / "run/evaluate.json").read_text())
+    first = json.loads((place / "run/evaluate.json").read_text())
     assert (place / "run/evaluate-lds.png").read_bytes().startswith(b"\x89PNG")
     before = trained(place)
     code, out, err = upweight("evaluate", "images.py:made", *QUICK, "--out", "run", "--json")
-    again = figures(out)
+    again = json.loads(out)
     assert "0 trained now" in err and not (place / "log").exists() and len(before) == 12
     assert [row["lds"] for row in again["methods"]] == [row["lds"] for row in first["methods"]]
 
@@ -176,10 +178,10 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(upweight, place):
     (place / "stop").unlink()
     stopped = trained(place)
     code, resumed, _ = upweight("evaluate", "images.py:made", *QUICK, "--out", "run", "--json")
-    assert code == 0 and figures(resumed)["bank"]["trained_now"] == 8
+    assert code == 0 and json.loads(resumed)["bank"]["trained_now"] == 8
     assert len(set(stopped[:4]) | set(trained(place))) == 12 and len(trained(place)) == 8
     _, whole, _ = upweight("evaluate", "images.py:made", *QUICK, "--out", "other", "--json")
-    rows = [[(row["name"], row["lds"]) for row in figures(text)["methods"]] for text in (resumed, whole)]
+    rows = [[(row["name"], row["lds"]) for row in json.loads(text)["methods"]] for text in (resumed, whole)]
     assert rows[0] == rows[1]
 
 
@@ -200,7 +202,7 @@ def test_a_run_grows_but_refuses_what_does_not_belong_to_it(upweight, place):
             "--json",
         )
     )
-    assert code == 0 and figures(out)["bank"]["trained_now"] == 4
+    assert code == 0 and json.loads(out)["bank"]["trained_now"] == 4
     code, out, err = upweight("evaluate", "images.py:made", *QUICK, "--out", "run", "--fraction", "0.7")
     assert code == 2 and "fraction" in err and " -> " in err and err.splitlines()[-1].startswith("error: ")
     code, _, err = upweight("evaluate", "table.py:houses", *QUICK, "--out", "run")
@@ -210,8 +212,8 @@ def test_a_run_grows_but_refuses_what_does_not_belong_to_it(upweight, place):
 def test_one_seed_has_no_ceiling(upweight, place):
     arguments = ("evaluate", "images.py:made", "--subsets", "6", "--seeds", "1", "--methods", "ekfac")
     code, out, _ = upweight(*arguments)
-    assert code == 0 and "no noise ceiling" in out
-    found = figures(upweight(*arguments, "--json")[1])
+    assert code == 0 and "no noise ceiling" in out and "matplotlib" not in out
+    found = json.loads(upweight(*arguments, "--json")[1])
     assert found["ceiling"] is None and found["methods"][0]["share_of_ceiling"] is None
 
 
@@ -238,9 +240,10 @@ def test_runs_that_fail_are_warned_of_in_one_line_and_in_the_report(upweight, pl
             "def unlucky():\n    return made(train_fn=failing)\n"
         )
     code, out, err = upweight("evaluate", "images.py:unlucky", "--subsets", "12", "--seeds", "2", "--json")
-    found = figures(out)
+    found = json.loads(out)
     assert code == 0 and found["bank"]["failed"] and found["subsets_dropped"] == len(found["bank"]["failed"])
-    (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    warning, missing = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert "no figures: matplotlib is missing -> pip install" in missing
     assert "failed twice" in warning and found["warnings"] == [warning.removeprefix("warning: ")]
     assert "no &lt;luck&gt;" in (place / "runs/tiny-images/evaluate.html").read_text()
 
@@ -274,7 +277,7 @@ def test_the_page_is_complete_escaped_and_light_and_dark(upweight, place, baseli
     for shown in ("houses & <gardens>", "dot<i>", "<script>", "<b>", "noise ceiling", "classifiers-only"):
         assert shown in words
     # The exact influence of ridge regression is nearly the truth, and the best.
-    found = figures((place / "run/evaluate.json").read_text())
+    found = json.loads((place / "run/evaluate.json").read_text())
     best = found["methods"][0]
     assert best["name"] == "exact" and best["lds"] > 0.8 * found["ceiling"]["value"]
     assert best["above_best_baseline"]["value"] == pytest.approx(
@@ -289,7 +292,7 @@ def test_attribute_prints_and_keeps_the_scores(upweight, place):
     code, out, _ = upweight("attribute", "images.py:made", "--out", "run", "--top", "2", "--queries", "3")
     assert code == 0 and "proponents" in out and "nats" in out and ("dim" in out or "bright" in out)
     code, out, err = upweight("attribute", "images.py:made", "--out", "run", "--top", "4", "--json")
-    found = figures(out)
+    found = json.loads(out)
     assert "printed while loading" in err and len(found["queries"]) == 10
     experiment = uw.Experiment.load("images.py:made")
     by_hand = (
@@ -308,7 +311,7 @@ def test_attribute_on_a_table_names_rows_by_their_ids(upweight, place):
     code, out, _ = upweight("attribute", "table.py:houses", "--method", "exact", "--queries", "2")
     assert code == 0 and "house-" in out and "<script>1" in out and "<b>" in out and "<script>2" not in out
     code, out, _ = upweight("attribute", "table.py:houses", "--method", "dot<i>", "--json")
-    assert code == 0 and figures(out)["unit"] is None
+    assert code == 0 and json.loads(out)["unit"] is None
     assert (place / "runs/houses----gardens-/scores/dot-i-.safetensors").is_file()
 
 

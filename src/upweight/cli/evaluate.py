@@ -111,14 +111,14 @@ def _table(comparison: Comparison) -> Table:
         caption=Text(
             f"{lds.subsets} subsets of {plan.fraction:.0%} x {plan.seeds} seeds, {len(lds.per_query)} queries; "
             f"{noise}. "
-            "LDS: rank correlation of predicted and real retraining, 0 for random scores. Dim: baselines."
+            "LDS: rank correlation of predicted and real retraining, 0 for random scores. Dim: baselines; the difference is to the best."
         ),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
     table.add_column("method", overflow="fold")
-    for heading in ("LDS", f"{lds.level:.0%} interval", "of ceiling", "above best baseline"):
+    for heading in ("LDS", f"{lds.level:.0%} interval", "of ceiling", "above baseline"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in comparison.rows:
         gain = comparison.gains.get(row.name)
@@ -127,7 +127,7 @@ def _table(comparison: Comparison) -> Table:
             f"{row.lds.value:.3f}",
             f"{row.lds.low:.2f} to {row.lds.high:.2f}",
             f"{row.lds.corrected:.0%}" if math.isfinite(row.lds.corrected) else "-",
-            "" if gain is None else f"{gain.value:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})",
+            "" if gain is None else f"{gain.value:+.2f} ({gain.low:+.2f}, {gain.high:+.2f})",
             style="dim" if row.baseline else None,
         )
     return table
