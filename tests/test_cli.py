@@ -1,35 +1,17 @@
 """The command line: help that teaches, one line for an error a user can repair."""
 
+import subprocess
 import sys
 
 import pytest
 
-from upweight import cli
 from upweight.errors import UpweightError
-
-
-@pytest.fixture
-def upweight(monkeypatch, capsys):
-    """Run the command as typed; gives exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["upweight", *arguments])
-        monkeypatch.setenv("COLUMNS", "100")
-        monkeypatch.setenv("NO_COLOR", "1")
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_bare_command_prints_help(upweight):
     code, out, _ = upweight()
-    assert code == 0 and "Usage" in out and "demo" in out
+    assert code == 0 and "Usage" in out
+    assert all(command in out for command in ("demo", "attribute", "evaluate", "path/to/file.py:name"))
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -44,6 +26,45 @@ def test_help_of_the_demo_teaches(upweight, flag):
         "runs/demo",
     ):
         assert words in out
+
+
+@pytest.mark.parametrize("command", ["attribute", "evaluate"])
+def test_help_of_the_commands_on_an_experiment_teaches(upweight, command):
+    code, out, _ = upweight(command, "--help")
+    assert code == 0
+    for words in (
+        "Examples",
+        f"upweight {command} examples/digits_experiment.py",
+        "--out",
+        "--json",
+        "--debug",
+    ):
+        assert words in out
+
+
+def test_help_and_version_come_without_pytorch():
+    script = (
+        "import sys; from upweight import cli\n"
+        "for sys.argv in (['upweight', '--help'], ['upweight', 'evaluate', '-h'], ['upweight', '--version']):\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as stop: assert not stop.code\n"
+        "slow = {'torch', 'scipy', 'sklearn', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {slow}' if slow else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and "Usage" in done.stdout, done.stderr
+
+
+def test_an_unforeseen_error_is_one_line_too(upweight, monkeypatch):
+    def fail(*rest):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("upweight.demo.run.run_demo", fail)
+    code, out, err = upweight("demo")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: RuntimeError: two lines (") and "--debug" in err
+    with pytest.raises(RuntimeError):
+        upweight("demo", "--debug")
 
 
 def test_version(upweight):

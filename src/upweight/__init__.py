@@ -6,20 +6,6 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from upweight.attributors.functional import Functional
-from upweight.attributors.gradient_similarity import GradCos, GradDot
-from upweight.attributors.group import GroupEffect
-from upweight.attributors.influence import Influence
-from upweight.attributors.representer import Representer
-from upweight.attributors.tracin import TracIn
-from upweight.cache import Cache
-from upweight.curvature import Damping
-from upweight.data import Examples
-from upweight.errors import CacheMismatchError, StoreError, UpweightError
-from upweight.integrations.sklearn import SklearnModel, from_sklearn
-from upweight.scores import Ranking, Scores, SelfInfluence
-from upweight.task import BinaryClassification, Classification, Regression, Task
-
 if TYPE_CHECKING:
     from upweight.attributors.baselines.aum import AUM
     from upweight.attributors.baselines.bm25 import BM25
@@ -32,26 +18,63 @@ if TYPE_CHECKING:
     from upweight.attributors.baselines.random_scores import Random
     from upweight.attributors.damping_curve import damping_curve
     from upweight.attributors.datamodel import Datamodel
+    from upweight.attributors.functional import Functional
+    from upweight.attributors.gradient_similarity import GradCos, GradDot
+    from upweight.attributors.group import GroupEffect
+    from upweight.attributors.influence import Influence
+    from upweight.attributors.representer import Representer
+    from upweight.attributors.tracin import TracIn
+    from upweight.cache import Cache
+    from upweight.curvature import Damping
+    from upweight.data import Examples
+    from upweight.errors import CacheMismatchError, StoreError, UpweightError
     from upweight.evaluate import RetrainingBank, label_noise, lds, leave_one_out, removal_curve
+    from upweight.experiment import Experiment
+    from upweight.integrations.sklearn import SklearnModel, from_sklearn
+    from upweight.scores import Ranking, Scores, SelfInfluence
+    from upweight.task import BinaryClassification, Classification, Regression, Task
     from upweight.testing import check_attributor
 
 __version__ = version("upweight")
 
-# Imported when first asked for: attribution alone does without what evaluation and its tests bring.
+# Imported when first asked for: `upweight --help` needs no PyTorch, and attribution not what evaluation brings.
 _LAZY = {
     "AUM": "upweight.attributors.baselines.aum",
     "BM25": "upweight.attributors.baselines.bm25",
+    "BinaryClassification": "upweight.task",
+    "Cache": "upweight.cache",
+    "CacheMismatchError": "upweight.errors",
+    "Classification": "upweight.task",
+    "Damping": "upweight.curvature",
     "Datamodel": "upweight.attributors.datamodel",
     "EL2N": "upweight.attributors.baselines.el2n",
     "EmbeddingSimilarity": "upweight.attributors.baselines.embedding",
+    "Examples": "upweight.data",
+    "Experiment": "upweight.experiment",
+    "Functional": "upweight.attributors.functional",
+    "GradCos": "upweight.attributors.gradient_similarity",
+    "GradDot": "upweight.attributors.gradient_similarity",
     "GradNorm": "upweight.attributors.baselines.grad_norm",
+    "GroupEffect": "upweight.attributors.group",
+    "Influence": "upweight.attributors.influence",
     "Loss": "upweight.attributors.baselines.loss",
     "Margin": "upweight.attributors.baselines.margin",
     "Random": "upweight.attributors.baselines.random_scores",
-    "confident_learning": "upweight.attributors.baselines.confident_learning",
-    "check_attributor": "upweight.testing",
-    "damping_curve": "upweight.attributors.damping_curve",
+    "Ranking": "upweight.scores",
+    "Regression": "upweight.task",
+    "Representer": "upweight.attributors.representer",
     "RetrainingBank": "upweight.evaluate",
+    "Scores": "upweight.scores",
+    "SelfInfluence": "upweight.scores",
+    "SklearnModel": "upweight.integrations.sklearn",
+    "StoreError": "upweight.errors",
+    "Task": "upweight.task",
+    "TracIn": "upweight.attributors.tracin",
+    "UpweightError": "upweight.errors",
+    "check_attributor": "upweight.testing",
+    "confident_learning": "upweight.attributors.baselines.confident_learning",
+    "damping_curve": "upweight.attributors.damping_curve",
+    "from_sklearn": "upweight.integrations.sklearn",
     "label_noise": "upweight.evaluate",
     "lds": "upweight.evaluate",
     "leave_one_out": "upweight.evaluate",
@@ -70,6 +93,7 @@ __all__ = [
     "EL2N",
     "EmbeddingSimilarity",
     "Examples",
+    "Experiment",
     "Functional",
     "GradCos",
     "GradDot",

@@ -1,46 +1,16 @@
-"""The command line: `upweight` alone prints help, and every error a user can repair is one line."""
+"""`upweight demo`."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from upweight.errors import UpweightError
+from upweight.cli.options import Debug
 
-app = typer.Typer(
-    name="upweight",
-    add_completion=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-)
-
-_Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
-
-
-@app.callback(invoke_without_command=True)
-def _upweight(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-) -> None:
-    """Which training examples made a PyTorch model predict this, and how far may I trust that answer?
-
-    Start with [bold]upweight demo[/]: it needs no files and takes a minute or two.
-    """
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(installed("upweight"))
-    elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
-_DEMO = """Train on real images with some labels flipped, explain predictions, find the flips, and prove it.
+HELP = """Train on real images with some labels flipped, explain predictions, find the flips, and prove it.
 
 A small convolutional network learns from images of which 10 % carry a wrong label. Influence functions (EK-FAC) \
 then show which training images made it predict what it predicts, and which labels look wrong.
@@ -65,9 +35,6 @@ and shown with the images in one file that needs no server: [bold]runs/demo/inde
 """
 
 
-@app.command(
-    help=_DEMO, short_help="Train on real images, explain predictions, find flipped labels, and prove it."
-)
 def demo(
     data: Annotated[
         str | None,
@@ -94,7 +61,7 @@ def demo(
     retrain_seeds: Annotated[
         int | None, typer.Option(min=1, help="Retrainings of each: 3 for digits, 2 otherwise.")
     ] = None,
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Train on real images with some labels flipped, explain predictions, find the flips, and prove it."""
     from upweight.demo.results import Settings
@@ -112,20 +79,3 @@ def demo(
         retrain_seeds=seeds if retrain_seeds is None else retrain_seeds,
     )
     run_demo(settings, Console())
-
-
-def main() -> None:
-    """Run the command line; an error a user can repair becomes one line and exit code 2, unless --debug is on."""
-    try:
-        app()
-    except UpweightError as error:
-        if "--debug" in sys.argv:
-            raise
-        Console(stderr=True, soft_wrap=True).print(
-            Text.assemble(("error: ", "bold red"), " ".join(str(error).split()))
-        )
-        raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,202 @@
+"""An experiment: a model, what it was trained on, what to ask it, and how to train it again.
+
+Every verb of the command line takes one, by the convention ``path/to/file.py:name`` or ``package.module:name``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upweight._load import import_name
+from upweight._trees import map_tensors, tensors_in
+from upweight.data import Examples
+from upweight.errors import UpweightError
+from upweight.task import Task
+
+__all__ = ["Experiment"]
+
+TrainFunction = Callable[..., Any]
+Method = Any
+"""An attributor, or a function ``(model, task) -> attributor``."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Experiment:
+    """What the command line works on.
+
+    Args:
+        model: The trained model, in eval mode.
+        task: Its training loss, and what is asked of queries.
+        train: The data it was trained on, in any form that `Examples` reads; `Examples` themselves to give ids.
+        query: What to explain, in the same form.
+        train_fn: ``(indices, seed) -> model``, trained from scratch on these positions of ``train`` (int64 array), with
+            the seed deciding all randomness. Needed only where something is retrained.
+        show: How to show an example to a person: a function of one example (in the form of the data, without the batch
+            axis) that returns text. Its class is shown if None.
+        classes: The names of the classes, by number.
+        methods: ``{name: method}``, where a method is an attributor or a function ``(model, task) -> attributor``.
+            These are evaluated unless others are asked for, and may be asked for by name.
+        name: What to call the experiment.
+
+    Raises:
+        UpweightError: What is wrong with one of them, in one line.
+
+    Example:
+        >>> import torch, upweight as uw
+        >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> y = torch.tensor([0, 1, 1])
+        >>> experiment = uw.Experiment(
+        ...     torch.nn.Linear(1, 2),
+        ...     uw.Classification(),
+        ...     (x, y),
+        ...     (x, y),
+        ...     classes=["cat", "dog"],
+        ...     name="pets",
+        ... )
+        >>> experiment
+        Experiment 'pets': 3 training examples, 3 queries, Linear, Classification, cannot be retrained (no train_fn)
+        >>> experiment.describe(experiment.query, [0, 2])
+        ['cat', 'dog']
+    """
+
+    model: nn.Module
+    task: Task
+    train: Examples
+    query: Examples
+    train_fn: TrainFunction | None = None
+    show: Callable[[Any], object] | None = None
+    classes: Sequence[str] | None = None
+    methods: Mapping[str, Method] | None = None
+    name: str = "experiment"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        train: Any,
+        query: Any,
+        train_fn: TrainFunction | None = None,
+        show: Callable[[Any], object] | None = None,
+        classes: Sequence[str] | None = None,
+        methods: Mapping[str, Method] | None = None,
+        name: str = "experiment",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UpweightError(
+                f"the experiment's model is {type(model).__name__}, expected a torch.nn.Module -> give the trained "
+                "model (uw.from_sklearn converts scikit-learn's)"
+            )
+        if not isinstance(task, Task):
+            raise UpweightError(
+                f"the experiment's task is {type(task).__name__}, expected a Task -> uw.Classification() for example"
+            )
+        for what, function in (("train_fn", train_fn), ("show", show)):
+            if function is not None and not callable(function):
+                raise UpweightError(
+                    f"the experiment's {what} is {type(function).__name__}, expected a function -> "
+                    + ("def train_fn(indices, seed)" if what == "train_fn" else "def show(example)")
+                )
+        if isinstance(classes, str):
+            raise UpweightError(
+                f"classes={classes!r} is one text, expected one name for each class -> a list"
+            )
+        if methods is not None and not (
+            isinstance(methods, Mapping) and methods and all(isinstance(key, str) for key in methods)
+        ):
+            raise UpweightError(
+                "methods is no mapping of names, expected {name: attributor} with at least one -> "
+                "methods={'ggn': lambda model, task: uw.Influence(model, task, curvature='ggn')} for example"
+            )
+        values = {
+            "model": model,
+            "task": task,
+            "train": _opened(train, "train"),
+            "query": _opened(query, "query"),
+            "train_fn": train_fn,
+            "show": show,
+            "classes": None if classes is None else [str(one) for one in classes],
+            "methods": None if methods is None else dict(methods),
+            "name": str(name),
+        }
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+
+    @classmethod
+    def load(cls, address: str) -> Experiment:
+        """The experiment at ``path/to/file.py:name`` or ``package.module:name``.
+
+        Args:
+            address: Where it is. The name may be that of an experiment, or of a function without arguments that returns
+                one (so that importing the file costs nothing in worker processes).
+
+        Raises:
+            UpweightError: There is no such file, module or name, its code raises, or it is no experiment.
+        """
+        found = import_name(address, lambda value: isinstance(value, cls))
+        if not isinstance(found, cls):
+            raise UpweightError(
+                f"{address} is {_article(found)}, expected an upweight.Experiment or a function without arguments that "
+                f"returns one -> {address.rpartition(':')[2]} = uw.Experiment(model, task, train, query, train_fn=...)"
+            )
+        return found
+
+    def describe(self, examples: Examples, positions: Sequence[int]) -> list[str]:
+        """The examples at these positions in words: what ``show`` says, else their class, else nothing.
+
+        Raises:
+            UpweightError: ``show`` raises.
+        """
+        if not len(positions):
+            return []
+        batch = examples.take(positions)
+        return [self._words(batch, k, examples.ids[position]) for k, position in enumerate(positions)]
+
+    def _words(self, batch: Any, k: int, name: int | str) -> str:
+        if self.show is None:
+            return self._class_name(batch, k)
+        try:
+            return str(self.show(map_tensors(batch, lambda tensor: tensor[k])))
+        except Exception as error:
+            raise UpweightError(
+                f"show(example) raised {type(error).__name__} on example {name!r} ({str(error).splitlines()[:1]}) -> "
+                "it is given one example in the form of the data, without the batch axis"
+            ) from error
+
+    def _class_name(self, batch: Any, k: int) -> str:
+        targets = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        if not isinstance(targets, Tensor) or targets[k].numel() != 1:
+            return ""
+        value = targets[k].item()
+        if self.classes is None:
+            return f"{value:g}" if isinstance(value, float) else str(value)
+        number = int(value)
+        return self.classes[number] if 0 <= number < len(self.classes) else str(value)
+
+    def holds_text(self) -> bool:
+        """Whether the inputs look like token ids: integers [batch, position]."""
+        first = next(iter(tensors_in(self.train.take([0]))), None)
+        return first is not None and first.ndim == 2 and first.dtype in (torch.int32, torch.int64)
+
+    def __repr__(self) -> str:
+        again = "" if self.train_fn is not None else ", cannot be retrained (no train_fn)"
+        return (
+            f"Experiment {self.name!r}: {self.train.n:,} training examples, {self.query.n:,} queries, "
+            f"{type(self.model).__name__}, {type(self.task).__name__}{again}"
+        )
+
+
+def _opened(data: Any, what: str) -> Examples:
+    try:
+        return data if isinstance(data, Examples) else Examples(data)
+    except UpweightError as error:
+        raise UpweightError(f"the experiment's {what}: {error}") from error
+
+
+def _article(value: object) -> str:
+    kind = value.__name__ if isinstance(value, type) else type(value).__name__
+    return f"the class {kind}" if isinstance(value, type) else f"of type {kind}"
