@@ -33,14 +33,17 @@ Method: TypeAlias = Callable[[Explained], Iterator[tuple[str, Any]]]
 """Yields (choice, scores): the damping as a word, or "" where nothing is chosen. The first one includes the fit."""
 
 
-def influence(curvature: str, sweep: bool = True, l2: bool = False, **options: Any) -> Method:
-    """`Influence` with automatic damping and, from the same fit, with every damping of the setting."""
+def influence(
+    curvature: str, dampings: tuple[float, ...] | None = None, l2: bool = False, **options: Any
+) -> Method:
+    """`Influence` with automatic damping and, from the same fit, with these dampings: the setting's if None."""
 
     def method(run: Explained) -> Iterator[tuple[str, Any]]:
         more = options | ({"l2": run.l2} if l2 else {})
         fitted = uw.Influence(run.model, run.task, curvature=curvature, progress=False, **more).fit(run.train)
-        yield "auto" if sweep else "", fitted.attribute(run.query)
-        for damping in run.dampings if sweep else ():
+        others = run.dampings if dampings is None else dampings
+        yield "auto" if others else "", fitted.attribute(run.query)
+        for damping in others:
             yield f"{damping:g}", fitted.with_damping(damping).attribute(run.query)
 
     return method
@@ -109,7 +112,7 @@ GRADIENTS: dict[str, Method] = {
     "TracIn, checkpoints": tracin,
 }
 CURVATURES: dict[str, Method] = {
-    "identity": influence("identity", sweep=False),
+    "identity": influence("identity", dampings=()),
     "diagonal": influence("diagonal"),
     "K-FAC": influence("kfac"),
     "EK-FAC": influence("ekfac"),

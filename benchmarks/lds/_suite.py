@@ -240,11 +240,13 @@ def _figure(result: LDS) -> str:
     return f"{result.value:.3f} [{result.low:.3f}, {result.high:.3f}]"
 
 
-def main(setting: Setting, bank: str, count: int = 100, seeds: int = 5, models: int = 5) -> None:
+def main(settings: Mapping[str, Setting], count: int = 100, seeds: int = 5, models: int = 5) -> None:
     """Command line of a recipe: train what is missing in the bank, score, print the table."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--bank", type=Path, default=Path(bank))
+    default = next(iter(settings)) if len(settings) == 1 else None
+    parser.add_argument("setting", nargs="?" if default else None, choices=list(settings), default=default)
+    parser.add_argument("--bank", type=Path, help="runs/banks/SETTING if not given")
     parser.add_argument("--scores", type=Path, help="where scores are kept; BANK-scores if not given")
     parser.add_argument("--subsets", type=int, default=count)
     parser.add_argument("--seeds", type=int, default=seeds)
@@ -255,13 +257,14 @@ def main(setting: Setting, bank: str, count: int = 100, seeds: int = 5, models: 
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    only = arguments.only
-    opened = setting.open_bank(arguments.bank, arguments.subsets, arguments.seeds, arguments.jobs)
+    only, setting = arguments.only, settings[arguments.setting]
+    folder = arguments.bank or Path("runs/banks") / arguments.setting
+    opened = setting.open_bank(folder, arguments.subsets, arguments.seeds, arguments.jobs)
     if only in (None, "bank"):
         print(opened.run(), file=sys.stderr)
     if only == "bank":
         return
-    kept = ScoreFolder(arguments.scores or arguments.bank.with_name(arguments.bank.name + "-scores"), setting)
+    kept = ScoreFolder(arguments.scores or folder.with_name(folder.name + "-scores"), setting)
     words = [word.lower() for word in arguments.methods or [""]]
     names = [name for name in setting.methods if any(word in name.lower() for word in words)]
     scores: dict[str, list[tuple[Table, float]]] = {}

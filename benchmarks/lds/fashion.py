@@ -74,4 +74,4 @@ SETTING = Setting(
 )
 
 if __name__ == "__main__":
-    main(SETTING, bank="runs/banks/fashion")
+    main({"fashion": SETTING})
