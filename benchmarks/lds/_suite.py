@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Setting:
         train_fn: the same for the bank, ``(indices, seed) -> model``.
         settings: what decides the training, kept in the bank.
         l2: of the training objective, for the methods that take it.
+        dampings: the sweep for the first model.
+        few_dampings: the sweep for the others, some of the same; all of them if None.
         checkpoints: epochs after which the run of a model that is explained is kept.
     """
 
@@ -57,7 +59,8 @@ class Setting:
     settings: dict[str, Any]
     l2: float
     dampings: tuple[float, ...]
-    checkpoints: tuple[int, ...] = field(default=())
+    checkpoints: tuple[int, ...] = ()
+    few_dampings: tuple[float, ...] | None = None
 
     def open_bank(self, folder: Path, count: int, seeds: int, jobs: int = 1) -> uw.RetrainingBank:
         """The bank of `count` half-subsets, with all queries as "test"; seeds are the outer loop."""
@@ -82,7 +85,8 @@ class Setting:
         train, query = self.data()
         seed = FIRST_SEED + number
         model, kept = self.train(np.arange(len(train[1])), seed, self.checkpoints)
-        return Explained(model, kept, self.task, train, query, self.l2, self.dampings, seed)
+        dampings = self.dampings if number == 0 or self.few_dampings is None else self.few_dampings
+        return Explained(model, kept, self.task, train, query, self.l2, dampings, seed)
 
 
 # Scores ------------------------------------------------------------------------------------------------------------
@@ -125,7 +129,7 @@ class ScoreFolder:
         print(f"model {number}: {name}, {seconds:.1f} s", file=sys.stderr, flush=True)
 
     def _settings(self) -> dict[str, Any]:
-        return {**self.setting.settings, "dampings": list(self.setting.dampings)}
+        return dict(self.setting.settings)
 
 
 # Table -------------------------------------------------------------------------------------------------------------
@@ -165,7 +169,8 @@ def rows_of(name: str, scores: list[tuple[Table, float]], outcomes: Outcomes) ->
     chosen_on, reported = outcomes.for_queries(even), outcomes.for_queries(odd)
     ceiling = noise_ceiling(reported)
     tables = [table for table, _ in scores]
-    mean = {key: sum(t[key] for t in tables) / len(tables) for key in tables[0]}
+    shared = [key for key in tables[0] if all(key in table for table in tables)]
+    mean = {key: np.mean([table[key] for table in tables], axis=0) for key in shared}
 
     def value(table: np.ndarray) -> float:
         return lds(table[even], chosen_on, resamples=2, ceiling=ceiling).value
@@ -178,7 +183,8 @@ def rows_of(name: str, scores: list[tuple[Table, float]], outcomes: Outcomes) ->
             numbers = [key for key in sweep if key not in ("", "auto")]
             if not numbers:
                 continue
-            keys = max(numbers, key=sweep.__getitem__), max(numbers, key=sweep_mean.__getitem__)
+            of_mean = [key for key in numbers if key in sweep_mean]
+            keys = max(numbers, key=sweep.__getitem__), max(of_mean, key=sweep_mean.__getitem__)
         elif kind in sweep:
             keys = kind, kind
         else:
@@ -191,7 +197,11 @@ def rows_of(name: str, scores: list[tuple[Table, float]], outcomes: Outcomes) ->
                 keys,
                 scores[0][1],
                 sweep if kind == "chosen" else {},
-                [lds(t[keys[0]][odd], reported, resamples=2, ceiling=ceiling).value for t in tables],
+                [
+                    lds(table[keys[0]][odd], reported, resamples=2, ceiling=ceiling).value
+                    for table in tables
+                    if keys[0] in table
+                ],
             )
         )
     return rows
@@ -213,7 +223,7 @@ def heading(title: str, outcomes: Outcomes) -> str:
 
 def report(title: str, rows: list[Row], outcomes: Outcomes) -> str:
     """The table as Markdown."""
-    models = len(rows[0].each)
+    models = max(len(row.each) for row in rows)
     several = f" mean of {models} models | share |" if models > 1 else ""
     lines = [
         heading(title, outcomes),

@@ -69,7 +69,8 @@ SETTING = Setting(
         "network": "784-512-256-128-10",
     },
     l2=RECIPE["decay"],
-    dampings=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 5.2e-3, 3e-2),
+    dampings=(1e-5, 1e-4, 1e-3, 5.2e-3, 3e-2),
+    few_dampings=(1e-5, 1e-4, 1e-3),
     checkpoints=(3, 6, 10, 13, 17, 20),
 )
 
