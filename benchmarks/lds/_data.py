@@ -37,7 +37,9 @@ def grey_images(name: str, split: str, count: int, standardise: bool = True) -> 
     images, labels, _ = loader().images(name, split, n=count)
     x = torch.from_numpy(images).reshape(count, -1).float()
     floor = float(x.mode().values.mode().values)
-    if floor > 0:  # a copy whose black is not 0 (Fashion-MNIST: 23): black to 0, white to 255, linearly
+    # One copy of Fashion-MNIST has greys from 23 to 242, along a curve that is not known: its black is put to 0, and
+    # 255 stays. The rest of the curve is left as it is, and cannot be undone without the original.
+    if floor > 0:
         x = ((x - floor) * (255 / (255 - floor))).clamp(min=0)
     x = x / 255
     if standardise:
