@@ -1,0 +1,128 @@
+"""The methods of the tables, each a function of a trained model that yields scores by damping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from _training import Checkpoint
+from torch import Tensor, nn
+
+import upweight as uw
+
+Data: TypeAlias = "tuple[Tensor, Tensor]"
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A model of the whole training set, and what a method may know of it."""
+
+    model: nn.Module
+    checkpoints: list[Checkpoint]
+    task: uw.Task
+    train: Data
+    query: Data
+    l2: float
+    dampings: tuple[float, ...]
+    seed: int = 0
+
+
+Method: TypeAlias = Callable[[Explained], Iterator[tuple[str, Any]]]
+"""Yields (choice, scores): the damping as a word, or "" where nothing is chosen. The first one includes the fit."""
+
+
+def influence(
+    curvature: str, dampings: tuple[float, ...] | None = None, l2: bool = False, **options: Any
+) -> Method:
+    """`Influence` with automatic damping and, from the same fit, with these dampings: the setting's if None."""
+
+    def method(run: Explained) -> Iterator[tuple[str, Any]]:
+        more = options | ({"l2": run.l2} if l2 else {})
+        fitted = uw.Influence(run.model, run.task, curvature=curvature, progress=False, **more).fit(run.train)
+        others = run.dampings if dampings is None else dampings
+        yield "auto" if others else "", fitted.attribute(run.query)
+        for damping in others:
+            yield f"{damping:g}", fitted.with_damping(damping).attribute(run.query)
+
+    return method
+
+
+def plain(name: str, **options: Any) -> Method:
+    """An attributor of `upweight` that is made from a model and a task."""
+
+    def method(run: Explained) -> Iterator[tuple[str, Any]]:
+        made = getattr(uw, name)(run.model, run.task, progress=False, **options)
+        yield "", made.fit(run.train).attribute(run.query)
+
+    return method
+
+
+def tracin(run: Explained) -> Iterator[tuple[str, Any]]:
+    """TracIn over the checkpoints of the run."""
+    states, rates = [c[0] for c in run.checkpoints], [c[1] for c in run.checkpoints]
+    made = uw.TracIn(run.model, run.task, checkpoints=states, learning_rates=rates, progress=False)
+    yield "", made.fit(run.train).attribute(run.query)
+
+
+def over_checkpoints(curvature: str) -> Method:
+    """The mean over the run's checkpoints of influence scores, each with its own curvature."""
+
+    def method(run: Explained) -> Iterator[tuple[str, Any]]:
+        last = {k: v.clone() for k, v in run.model.state_dict().items()}
+        totals: dict[str, np.ndarray] = {}
+        try:
+            for state, _ in run.checkpoints:
+                run.model.load_state_dict(state)
+                for choice, scores in influence(curvature)(run):
+                    totals[choice] = totals.get(choice, 0) + as_array(scores)
+        finally:
+            run.model.load_state_dict(last)
+        yield from totals.items()
+
+    return method
+
+
+def representer(run: Explained) -> Iterator[tuple[str, Any]]:
+    """Representer points with the L2 coefficient of the training."""
+    made = uw.Representer(run.model, run.task, l2=run.l2, progress=False)
+    yield "", made.fit(run.train).attribute(run.query)
+
+
+def random_scores(run: Explained) -> Iterator[tuple[str, Any]]:
+    shape = (len(run.query[1]), len(run.train[1]))
+    yield "", np.random.default_rng(run.seed).standard_normal(shape)
+
+
+def as_array(scores: Any) -> np.ndarray:
+    """[query, train] in float64."""
+    return scores.values.double().numpy() if isinstance(scores, uw.Scores) else np.asarray(scores, float)
+
+
+CONTROLS: dict[str, Method] = {
+    "random": random_scores,
+    "loss": plain("Loss"),
+    "gradient norm": plain("GradNorm"),
+    "embedding similarity": plain("EmbeddingSimilarity"),
+}
+GRADIENTS: dict[str, Method] = {
+    "gradient dot": plain("GradDot"),
+    "gradient cosine": plain("GradCos"),
+    "TracIn, checkpoints": tracin,
+}
+CURVATURES: dict[str, Method] = {
+    "identity": influence("identity", dampings=()),
+    "diagonal": influence("diagonal"),
+    "K-FAC": influence("kfac"),
+    "EK-FAC": influence("ekfac"),
+    "EK-FAC, empirical Fisher": influence("ekfac", fisher="empirical"),
+    "DataInf": influence("datainf"),
+    "GGN, one sampled label, dual": influence("ggn", solver="dual", fisher="sampled", draws=1, l2=True),
+    "empirical Fisher, dual": influence("ggn", solver="dual", fisher="empirical", l2=True),
+    "EK-FAC, mean over checkpoints": over_checkpoints("ekfac"),
+}
+CLASSIFIERS: dict[str, Method] = {"margin": plain("Margin"), "representer points": representer}
+
+REGRESSION = {**CONTROLS, **GRADIENTS, **CURVATURES}
+CLASSIFICATION = {**CONTROLS, **CLASSIFIERS, **GRADIENTS, **CURVATURES}
