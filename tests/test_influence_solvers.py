@@ -16,6 +16,7 @@ import pytest
 import torch
 from cases import Case
 from cases_all import CASES
+from networks import digits, trained
 from torch import Tensor
 
 import upweight as uw
@@ -190,3 +191,30 @@ def test_float32_is_within_its_rounding(solver: str):
     assert found.values.dtype == torch.float32 and found.info["solve"]["converged"]
     promised = 1e-2 if solver == "nystrom" else 1e-3
     assert bool(((found.values.double() - expected).abs() <= promised * unit).all())
+
+
+def test_on_a_trained_network_a_third_of_the_iterations_of_plain_conjugate_gradients():
+    """A sketch alone takes less than a third, and in the block form less than that."""
+    model = trained("cnn").double()
+    train, query = ((x[:k].double(), y[:k]) for (x, y), k in zip(digits(), (200, 16), strict=True))
+    steps = {}
+    for name, block, preconditioner in (
+        ("plain", False, None),
+        ("sketch", False, "sketch"),
+        ("block sketch", True, "sketch"),
+    ):
+        method = uw.Influence(
+            model,
+            uw.Classification(),
+            curvature="ggn",
+            solver=ConjugateGradient(block=block, rtol=1e-6),
+            preconditioner=preconditioner,
+            l2=1e-3,
+            damping=1e-3,
+            progress=False,
+        )
+        solve = method.fit(train).attribute(query).info["solve"]
+        assert solve["converged"] and solve["residual_max"] <= 1e-6
+        steps[name] = solve["iterations"]
+    assert 3 * steps["sketch"] <= steps["plain"]
+    assert steps["block sketch"] < steps["sketch"]
