@@ -157,7 +157,7 @@ def test_an_example_without_a_gradient_scores_zero(correction):
 
 
 def test_a_structured_curvature_takes_corrections():
-    """EK-FAC in the place of H: finite, close to no correction where leverages are small, in tiles of any size."""
+    """EK-FAC: finite, close to no correction where leverages are small, in tiles of any size."""
     plain, query = fitted("network", curvature="ekfac", l2=0.0, damping=1.0)
     rescaled, _ = fitted(
         "network", curvature="ekfac", l2=0.0, damping=1.0, correction="rescaled", batch_size=5
@@ -183,6 +183,16 @@ def test_any_solver_serves(solver, convention):
         pair = [fitted("network", correction=correction, solver=s)[0] for s in ("direct", solver)]
         close(pair[1].attribute(query).values, pair[0].attribute(query).values, 1e-4)
         close(pair[1].self_influence().values, pair[0].self_influence().values, 1e-4)
+
+
+@pytest.mark.parametrize("correction", ["rescaled", "relative-loss"])
+def test_a_cholesky_factor_serves_as_the_spectrum_does(monkeypatch, correction):
+    method, query = fitted("network", correction=correction, solver="direct")
+    spectral = method.attribute(query).values
+    monkeypatch.setattr("upweight.curvature.solvers.direct.EIGEN_UP_TO", 0)
+    method, _ = fitted("network", correction=correction, solver="direct")
+    close(method.attribute(query).values, spectral)
+    assert method._ready().curvature.solver._factor is not None
 
 
 def test_an_indefinite_hessian_is_refused():

@@ -164,6 +164,25 @@ def test_sampled_columns_are_those_of_the_fit_whatever_the_batches_and_the_cache
         assert relative(other, values[0]) < 1e-10
 
 
+def test_in_tiles_of_any_size(monkeypatch):
+    """One example at a time, and never more than the budget's rows of all parameters at once."""
+    case = next(case for case in CASES if case.name == "two convolutions")
+    model, train, query = case.build(), case.data(MEMBERS, 1), case.data(QUERIES, 2)
+    method = influence(case, model, "ekfac", "exact", DAMPING, correction="rescaled").fit(train)
+    whole = method.attribute(query).values, method.self_influence().values
+    effect = method.removal([0, 3, 5], query)
+    monkeypatch.setattr("upweight.curvature.leave_out.TILE_BYTES", 1)
+    monkeypatch.setattr("upweight.attributors.corrections.BATCH_BYTES", 1)
+    sizes = []
+    solve = LeftOut.solve_rotated
+    monkeypatch.setattr(LeftOut, "solve_rotated", lambda self, g: sizes.append(g.batch) or solve(self, g))
+    assert relative(method.attribute(query).values, whole[0]) < 1e-12
+    assert sizes == [1] * MEMBERS
+    assert relative(method.self_influence().values, whole[1]) < 1e-12
+    again = method.removal([0, 3, 5], query)
+    assert relative(again.rescaled, effect.rescaled) < 1e-12 and relative(again.newton, effect.newton) < 1e-12
+
+
 # Every registered model ----------------------------------------------------------------------------------------------
 
 
@@ -302,6 +321,7 @@ def test_nothing_is_refused_on_digits(digits, curvature, damping):
     ).fit(train)
     scores = rescaled.attribute(query)
     assert bool(torch.isfinite(scores.values).all()) and scores.unit == "nats"
+    assert scores.info["left_out_of"] == "eigenvalues"
     assert bool((rescaled.self_influence().values >= plain.self_influence().values * (1 - 1e-4)).all())
     effect = plain.removal(range(0, 1437, 20), query)  # 5 %
     assert relative(effect.rescaled, scores.removal_effect(range(0, 1437, 20))) < 1e-3

@@ -13,6 +13,8 @@ delta = 0 the parameters are predicted to move by
 
 and every measurement by its gradient times that. Newton is exact for quadratic objectives and any group.
 
+A Kronecker-factored curvature leaves examples out of its eigenvalues (`upweight.curvature.leave_out`).
+
 Sources: "Rescaled Influence Functions: Accurate Data Attribution in High Dimension" (arXiv 2506.06656); for changed
 labels and inputs, "Machine Unlearning of Features and Labels" (arXiv 2108.11577).
 """
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from upweight._ids import as_ids, some
-from upweight.attributors.evidence import influence_info
+from upweight.attributors.evidence import influence_info, left_out_of
 from upweight.attributors.fitted import CALIBRATED
 from upweight.attributors.functional import FunctionalQueries, functional_gradients, functional_queries
 from upweight.attributors.group import ESTIMATES, GroupEffect
@@ -143,7 +145,11 @@ def _effect(method: Influence, sides: list[Side], query: Any, convention: str, w
         what=what,
         convention=convention,
         unit=queries.unit if isinstance(queries, FunctionalQueries) else method.task.unit,
-        info=influence_info(method, fitted) | {"seconds": round(time.perf_counter() - started, 3)},
+        info={
+            **influence_info(method, fitted),
+            "left_out_of": left_out_of(fitted),
+            "seconds": round(time.perf_counter() - started, 3),
+        },
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upweight.cache import CachePass
-from upweight.curvature import Inverse
+from upweight.curvature import Curvature, Inverse
 from upweight.curvature.l2 import describe_l2
 from upweight.gradients import Coverage, Factored, Gradients, Router, Spectral
 from upweight.gradients.separable import exact_scores
@@ -37,6 +37,7 @@ def influence_info(method: Influence, fitted: Fitted) -> dict[str, Any]:
         "method": "influence",
         "curvature": method.curvature,
         "correction": method.correction,
+        **({"left_out_of": left_out_of(fitted)} if method.correction == "rescaled" else {}),
         "fisher": kind if method.curvature not in ("identity", "hessian") else None,
         "fisher_columns": columns,
         "represented": fitted.curvature.info.get("represented", {}),
@@ -64,6 +65,11 @@ def influence_info(method: Influence, fitted: Fitted) -> dict[str, Any]:
         "versions": {"upweight": _version(), "torch": torch.__version__, "python": platform.python_version()},
         **fitted.notes,
     }
+
+
+def left_out_of(fitted: Fitted) -> str:
+    """What an example that is removed leaves: all of the curvature, or a structured one's eigenvalues."""
+    return "eigenvalues" if isinstance(fitted.curvature, Curvature) else "curvature"
 
 
 def shared_info(

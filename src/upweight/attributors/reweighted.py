@@ -199,9 +199,15 @@ class FactorInverse:
             self.solver.apply(operator, gradients.dense().T, self.inverse.number).T, gradients
         )
 
+    def half(self, gradients: Gradients) -> Gradients:
+        """``R g`` with ``R^T R = (H + damping I)^-1``, whose inner products are those of g with solutions."""
+        operator = self.inverse.curvature.operator
+        return as_gradients(self.solver.half(operator, gradients.dense().T, self.inverse.number).T, gradients)
+
     def quadratic(self, gradients: Gradients) -> dict[str, Tensor]:
         """``g^T (H + damping I)^-1 g`` of every example [batch]."""
-        return {"": paired(self @ gradients, gradients)}
+        half = self.half(gradients)
+        return {"": paired(half, half)}
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ so that correcting the gradient corrects every score. A group is the same with t
 any other change of weights has that change in the place of -1.
 
 Exact wherever S_i^T S_i is the curvature that H sums: generalised linear models, and the Gauss-Newton matrix of any
-network. With a structured curvature (EK-FAC) in the place of H it is an approximation.
+network. A structured curvature (EK-FAC) is not that sum: see `upweight.curvature.leave_out`.
 
 Source: "Rescaled Influence Functions: Accurate Data Attribution in High Dimension" (arXiv 2506.06656).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -79,14 +79,17 @@ class Each:
         change: Tensor | None = None,
     ) -> None:
         self.columns, self.inverse, self.n = columns, inverse, n
-        self._solved = [inverse @ column for column in columns]
-        h = _leverages(columns, self._solved, n)
+        # One triangular solve a vector where the inverse has a root R: s^T A^-1 t = (R s)^T (R t).
+        self._half: Callable[[Gradients], Gradients] | None = getattr(inverse, "half", None)
+        self._solved = [(self._half or inverse.__matmul__)(column) for column in columns]
+        h = _leverages(self._solved if self._half else columns, self._solved, n)
         self._change = -torch.ones_like(h[..., 0]) if change is None else change.to(h)
         self._middle = _middle(h, self._change, [f"example {name}" for name in ids])
 
     def correct(self, gradients: Gradients) -> Gradients:
         """Vectors g' [batch, p] with ``(H + damping I)^-1 g'_i = (H + change_i H_i / n + damping I)^-1 g_i``."""
-        target = _pairs(self._solved, [gradients])[..., 0] / self.n  # [batch, c]
+        other = self._half(gradients) if self._half else gradients
+        target = _pairs(self._solved, [other])[..., 0] / self.n  # [batch, c]
         weights = -torch.linalg.solve(self._middle, (self._change * target)[..., None])[..., 0]
         return combined(gradients, self.columns, weights)
 
@@ -171,7 +174,7 @@ def _middle(h: Tensor, change: Tensor, names: Sequence[str]) -> Tensor:
         worst = int(torch.where(wrong, lowest.nan_to_num(-float("inf")), float("inf")).argmin())
         raise UpweightError(
             f"the leverage of {names[worst]} is {-float(lowest[worst]):.4g}, expected below 1: without it the "
-            f"curvature is singular or negative ({int(wrong.sum())} such here) -> use curvature='ggn' if it was a "
-            "structured one, raise the damping, or use first-order influence (correction=None, Scores.removal_effect)"
+            f"curvature is singular or negative ({int(wrong.sum())} such here) -> raise the damping, or use "
+            "first-order influence (correction=None, Scores.removal_effect)"
         )
     return torch.eye(h.shape[1], dtype=h.dtype, device=h.device) + change[..., None] * h
