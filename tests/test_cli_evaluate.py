@@ -10,6 +10,7 @@ import pytest
 
 import upweight as uw
 from upweight.attributors import by_name
+from upweight.evaluate import comparison
 from upweight.report import evaluation
 
 IMAGES = """
@@ -79,12 +80,23 @@ def houses():
 QUICK = ("--subsets", "6", "--seeds", "2")
 
 
+REAL_FIGURES, REAL_BASELINES = evaluation.figures, by_name.BASELINES
+STAND_IN = {"identity-baseline": ("GradDot", {}), "classifiers-only": ("Representer", {})}
+"""Two baselines for all: one that always applies, and one for classifiers."""
+
+
+def with_baselines(monkeypatch, baselines):
+    monkeypatch.setattr(by_name, "BASELINES", baselines)
+    monkeypatch.setattr(comparison, "BASELINES", baselines)
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """An empty working folder with the experiments' files; loading them leaves no trace."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(evaluation, "figures", lambda comparison: {})  # as without matplotlib, and quicker
+    with_baselines(monkeypatch, STAND_IN)
     for name, text in {"images.py": IMAGES, "table.py": TABLE}.items():
         (tmp_path / name).write_text(textwrap.dedent(text))
     yield tmp_path
@@ -92,22 +104,11 @@ def place(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-figures_of_a_run = evaluation.figures
-
-
-@pytest.fixture
-def baselines(monkeypatch):
-    """Two baselines that stand in for all: one that always applies, and one for classifiers."""
-    stand_in = {"identity-baseline": ("GradDot", {}), "classifiers-only": ("Representer", {})}
-    monkeypatch.setattr(by_name, "BASELINES", stand_in)
-    monkeypatch.setattr("upweight.evaluate.comparison.BASELINES", stand_in)
-
-
 def trained(place):
     return (place / "log").read_text().splitlines()
 
 
-def test_the_figures_are_those_of_lds_by_hand(upweight, place, baselines):
+def test_the_figures_are_those_of_lds_by_hand(upweight, place):
     code, out, _ = upweight("evaluate", "images.py:made", *QUICK, "--methods", "ekfac,grad-cos", "--json")
     assert code == 0
     found = json.loads(out)
@@ -142,8 +143,8 @@ def test_the_figures_are_those_of_lds_by_hand(upweight, place, baselines):
     assert (found["bank"]["finished"], found["subsets"], found["train"], found["queries"]) == (12, 6, 30, 10)
 
 
-def test_the_table_the_files_and_a_run_that_is_finished(upweight, place, baselines, monkeypatch):
-    monkeypatch.setattr(evaluation, "figures", figures_of_a_run)
+def test_the_table_the_files_and_a_run_that_is_finished(upweight, place, monkeypatch):
+    monkeypatch.setattr(evaluation, "figures", REAL_FIGURES)
     code, out, err = upweight("evaluate", "images.py:made", *QUICK, "--out", "run")
     assert code == 0 and "12 trained now" in err
     for words in (
@@ -209,6 +210,21 @@ def test_a_run_grows_but_refuses_what_does_not_belong_to_it(upweight, place):
     assert code == 2 and err.splitlines()[-1].startswith("error: ")
 
 
+def test_the_baselines_are_shown_unasked(upweight, place, monkeypatch):
+    with_baselines(monkeypatch, REAL_BASELINES)
+    arguments = ("--subsets", "6", "--seeds", "2", "--methods", "grad-dot", "--json")
+    found = json.loads(upweight("evaluate", "images.py:made", *arguments)[1])
+    names = {row["name"]: row["baseline"] for row in found["methods"]}
+    shown = {"random", "loss", "margin", "grad-norm", "embedding-similarity"}
+    assert names == {"grad-dot": False, **dict.fromkeys(shown, True)} and found["left_out"] == {}
+    found = json.loads(upweight("evaluate", "table.py:houses", *arguments)[1])
+    assert {row["name"] for row in found["methods"]} == {"grad-dot"} | shown - set(found["left_out"])
+    assert "margin" in found["left_out"] and "random" not in found["left_out"]
+    # Asked for, one that does not apply is an error.
+    code, _, err = upweight("evaluate", "table.py:houses", *QUICK, "--methods", "grad-dot,margin")
+    assert code == 2 and err.splitlines()[-1].startswith("error: ")
+
+
 def test_one_seed_has_no_ceiling(upweight, place):
     arguments = ("evaluate", "images.py:made", "--subsets", "6", "--seeds", "1", "--methods", "ekfac")
     code, out, _ = upweight(*arguments)
@@ -261,7 +277,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_is_complete_escaped_and_light_and_dark(upweight, place, baselines):
+def test_the_page_is_complete_escaped_and_light_and_dark(upweight, place):
     code, out, err = upweight(
         "evaluate", "table.py:houses", "--subsets", "30", "--seeds", "3", "--out", "run"
     )
@@ -332,3 +348,12 @@ def test_errors_of_the_experiment_are_one_line(upweight, place, command):
     (place / "taken").touch()
     code, _, err = upweight(command, "images.py:made", "--out", "taken")
     assert code == 2 and "taken cannot be written" in err
+
+
+@pytest.mark.slow
+def test_worker_processes_import_the_file_and_give_the_same(upweight, place):
+    one = upweight("evaluate", "images.py:made", *QUICK, "--out", "one", "--json")[1]
+    code, two, _ = upweight("evaluate", "images.py:made", *QUICK, "--out", "two", "--json", "--jobs", "2")
+    assert code == 0
+    rows = [[(row["name"], row["lds"]) for row in json.loads(text)["methods"]] for text in (one, two)]
+    assert rows[0] == rows[1]

@@ -111,11 +111,13 @@ def _table(comparison: Comparison) -> Table:
         caption=Text(
             f"{lds.subsets} subsets of {plan.fraction:.0%} x {plan.seeds} seeds, {len(lds.per_query)} queries; "
             f"{noise}. "
-            "LDS: rank correlation of predicted and real retraining, 0 for random scores. Dim: baselines; the difference is to the best."
+            "LDS: rank correlation of predicted and real retraining, 0 for random scores. Dim: baselines; the last "
+            "column is the difference to the best of them."
         ),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("method", overflow="fold")
     for heading in ("LDS", f"{lds.level:.0%} interval", "of ceiling", "above baseline"):
