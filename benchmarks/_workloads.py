@@ -44,6 +44,7 @@ class Spec:
 
 
 SPECS = {
+    "small": Spec("MLP 64-40-10", 100, 1000, 3e-2, 128, 128, "160MB"),
     "mlp": Spec("MLP 64-256-128-10", 360, 1437, 1e-4, 128, 128, "160MB"),
     "resnet9": Spec("ResNet-9 16-32-64-128", 100, 2000, 1e-3, 100, 32, "540MB"),
     "gpt": Spec("GPT 4 x 128, length 128", 16, 512, 1e-3, 16, 16, "330MB"),
@@ -95,6 +96,13 @@ def _conv(inputs: int, outputs: int, pool: bool = False) -> nn.Sequential:
         nn.ReLU(inplace=True),
     ]
     return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
+
+
+class SmallMLP(nn.Sequential):
+    """64-40-10 with ReLU: small enough for dense matrices in float64."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 10))
 
 
 class ResNet9(nn.Module):
@@ -155,7 +163,7 @@ class GPT(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-MODELS = {"mlp": MLP, "resnet9": ResNet9, "gpt": GPT}
+MODELS = {"small": SmallMLP, "mlp": MLP, "resnet9": ResNet9, "gpt": GPT}
 
 
 def per_example_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -245,6 +253,7 @@ def _sequences(count: int, generator: torch.Generator, length: int = 128) -> tup
 # ------------------------------------------------------------------------------------------------ prepare, save, load
 
 _TRAINING = {
+    "small": (60, 64, 3e-3),
     "mlp": (15, 64, 1e-3),
     "resnet9": (2, 100, 2e-3),
     "gpt": (1, 16, 1e-3),
@@ -257,7 +266,7 @@ def prepare(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     total = spec.train + spec.queries + FURTHER
-    if name == "mlp":
+    if name in ("small", "mlp"):
         inputs, targets, source = _digits(generator)
     elif name == "resnet9":
         inputs, targets, source = _images(total, generator)

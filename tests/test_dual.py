@@ -168,6 +168,27 @@ def test_single_precision_keeps_its_promise_and_says_so():
     assert relative(values, truth) < 1e-5
 
 
+def test_single_precision_is_enough_on_an_ill_conditioned_network():
+    """Eigenvalues up to thousands of times the damping: no second Gram matrix in float64, and one refinement."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+    (x, y), (qx, qy) = digits()
+    train, query = (x[:120].flatten(1), y[:120]), (qx[:20].flatten(1), qy[:20])
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(60):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(train[0]), train[1]).backward()
+        optimiser.step()
+    tracker = Tracker(model.eval(), uw.Classification(), Examples(train))
+    dual = curvature(tracker, train, 120, size=64)
+    inverse = dual.inverse(1e-3)
+    assert float(inverse.system.gram.diagonal().max()) > 100 * inverse.system.shift
+    info = (inverse @ tracker.query(query, range(20))).solve_info
+    assert info.notes["gram_dtype"] == "float32"
+    assert info.converged and float(info.residual.max()) <= 5e-5
+    assert info.iterations <= 3
+
+
 @named("mlp")
 def test_a_wrong_factor_is_reported(case, monkeypatch):
     """The residual comes from the Gram matrix, not from what the solver believes: a spoilt solution shows."""

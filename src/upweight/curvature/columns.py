@@ -50,7 +50,11 @@ class Columns:
             place += count
 
     def gram(self) -> Tensor:
-        """``K = S S^T`` [N, N]: the products of every two steps once, then mirrored."""
+        """``K = S S^T`` [N, N]: the products of every two steps once, then mirrored.
+
+        They are summed in float64 and rounded once: the errors of sums in float32 are several times as large, and on
+        a K whose largest eigenvalues are thousands of times the damping they decide what residual can be reached.
+        """
         out = torch.empty(self.size, self.size, dtype=self.dtype, device=self.kept.device)
         for step in self._steps:
             if not bool(self.kept[:, step.start : step.stop].any()):
@@ -58,11 +62,11 @@ class Columns:
             place = int(self.kept[:, : step.start].sum())
             gradients = step.load()
             for rows in _tile_rows(gradients):
-                left = gradients.rows(rows)
+                left = gradients.rows(rows).to(torch.float64)
                 mine = slice(place + rows.start, place + rows.stop)
                 for theirs, right in self.tiles(step.start):
                     if theirs.start >= mine.start:
-                        out[mine, theirs] = left @ right.T
+                        out[mine, theirs] = (left @ right.to(torch.float64).T).to(self.dtype)
         _mirror(out)
         return out
 

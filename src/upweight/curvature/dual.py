@@ -69,7 +69,7 @@ class DualCurvature:
         memory: bytes that the columns, the Gram matrix, its factor and the solutions may take.
 
     Cost: one pass over the training data for the columns' norms; ``N^2 / 2`` inner products of gradients; a Cholesky
-    factor for each damping; and for each panel of queries about ten products with the Gram matrix. Where the columns do
+    factor for each damping; and for each panel of queries about six products with the Gram matrix. Where the columns do
     not stay in memory, each step of the pass costs another pass.
 
     Fails when: the Gram matrix does not fit the memory. Many examples or classes ask for sampled columns or another
@@ -215,7 +215,8 @@ class DualInverse:
 
     def __matmul__(self, gradients: Gradients) -> DualQueries:
         """Preconditioned queries."""
-        solution, info = self._solve(self.columns.products(gradients), squared_norms(gradients), gradients)
+        products = self.columns.products(gradients, torch.float64)
+        solution, info = self._solve(products, squared_norms(gradients), gradients)
         queries = DualQueries(gradients, solution.value, self, info)
         if info.converged or self.columns.dtype == torch.float64:
             return queries
@@ -238,7 +239,7 @@ class DualInverse:
         parts = []
         for a in range(0, gradients.batch, height):
             part = gradients.rows(slice(a, a + height))
-            b, norms = self.columns.products(part).double(), squared_norms(part)
+            b, norms = self.columns.products(part, torch.float64), squared_norms(part)
             solution, _ = self._solve(b, norms)
             # b^T K'^-1 b up to the square of the error: the second term is what the residual still holds
             explained = (b * solution.value).sum(0) + (solution.value * solution.rest).sum(0)

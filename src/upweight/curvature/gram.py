@@ -1,8 +1,8 @@
 """Solve ``(K + shift I) A = B`` for a Gram matrix ``K = S S^T`` and many right-hand sides, and know how well.
 
-K is kept in the model's precision. Conjugate gradients, preconditioned by a Cholesky factor of the heaviest rows (all
-of them where none is light), give a correction; the residual it leaves is computed with float64 accumulation, and the
-next correction is solved for that, until the residual is what was promised (iterative refinement).
+K is kept in the model's precision. A Cholesky factor gives a correction, or where many rows are light a factor of the
+heavy ones, as the preconditioner of conjugate gradients; the residual it leaves is computed with float64 accumulation,
+and the next correction is solved for that, until the residual is what was promised (iterative refinement).
 
 What counts is the residual that the solution leaves in parameter space. With ``x = (v - S^T a) / d`` and
 ``rho = S v - (K + n d I) a`` it is ``v - (H + d I) x = -S^T rho / (n d)``, whose squared norm is
@@ -20,6 +20,9 @@ from upweight.errors import UpweightError
 
 LIGHT = 1e-2
 """Rows whose diagonal entries sum to less than this share of the shift are left to the diagonal preconditioner."""
+WORTH = 0.8
+"""A factor of fewer than this share of the rows is worth its price: half a factor's operations are saved, for several
+products with K for every right-hand side."""
 ROUNDS, STEPS = 8, 60
 """Corrections at most, and steps of conjugate gradients in each."""
 REDUCE = {torch.float32: 3e-6, torch.float64: 1e-13}
@@ -36,7 +39,7 @@ class GramSolution:
         value: [N, k], float64.
         rest: ``B - (K + shift I) value`` [N, k], float64.
         energy: ``rest^T K rest`` of every column [k], float64.
-        steps: steps of conjugate gradients, each one product with K; 0 where there was nothing to solve.
+        steps: uses of the factor, each with one product with K; 0 where there was nothing to solve.
     """
 
     value: Tensor
@@ -70,6 +73,8 @@ class GramSystem:
         diagonal = gram.diagonal()
         self._scale = 1 / (diagonal + shift)
         self.heavy = heaviest(diagonal, LIGHT * shift)
+        if len(self.heavy) > WORTH * len(gram):
+            self.heavy = torch.arange(len(gram), device=gram.device)
         if spectrum is not None:
             return
         block = gram[self.heavy][:, self.heavy] if len(self.heavy) < len(gram) else gram.clone()
@@ -130,7 +135,7 @@ class GramSystem:
         return out
 
     def _correct(self, b: Tensor, wanted: Tensor) -> tuple[Tensor, int]:
-        """Preconditioned conjugate gradients for all columns side by side, in K's precision.
+        """The factor's solution, or preconditioned conjugate gradients for all columns side by side; in K's precision.
 
         They stop where every column's residual is a third of the share `wanted` [k], or what the precision gives.
         """
@@ -138,6 +143,8 @@ class GramSystem:
         rest = (b / scale).to(self.gram.dtype)
         x = torch.zeros_like(rest)
         z = self.precondition(rest)
+        if len(self.heavy) == len(self.gram):  # solved, but for rounding: refinement sees to that
+            return z.double() * scale, 1
         p, gain = z, (rest * z).sum(0)
         tiny = torch.finfo(rest.dtype).tiny
         reduce = (wanted / 3).clamp_min(REDUCE[rest.dtype])
