@@ -109,9 +109,11 @@ def fit_influence(
         exact = fit_exact(method, tracker, examples)
         fisher = (exact.operator.fisher, exact.operator.columns)
     elif method.curvature == "datainf":
-        exact, fisher = None, ("empirical", 1)
+        exact = None
+        fisher = ("empirical", 1)
     else:
-        exact, fisher = None, _resolve_fisher(method, tracker, examples)
+        exact = None
+        fisher = _resolve_fisher(method, tracker, examples)
     training = _training_pass(method, tracker, examples, size, example_bytes, cache)
     saved = None
     if cache is not None:
