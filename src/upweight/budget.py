@@ -13,7 +13,7 @@ AUTO_SHARE = 0.5
 """``memory="auto"`` is this share of the memory that is free."""
 BATCH_BYTES = 256 << 20
 """Working memory of one batch: larger batches gain no speed, and smaller ones stay in the processor's caches."""
-WORKING_COPIES = 4
+WORKING_COPIES = 3
 """A batch needs about this many times the bytes of its factors: activations, their gradients and windows."""
 
 BATCH_SHARE, KEEP_SHARE, PANEL_SHARE = 0.4, 0.3, 0.3

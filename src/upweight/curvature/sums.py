@@ -14,7 +14,7 @@ from torch import Tensor
 
 BLOCK_NUMBERS = 1 << 18
 """Numbers in one block: enough for a matrix product at full speed, few enough to wait for the next batch."""
-FEWEST_ROWS = 512
+FEWEST_ROWS = 1024
 """Rows of a block at least."""
 SYMMETRIC_FROM = 256
 """Products ``r^T r`` at least this wide are formed by their upper half."""
