@@ -79,7 +79,9 @@ class GramSystem:
             return
         block = gram[self.heavy][:, self.heavy] if len(self.heavy) < len(gram) else gram.clone()
         block.diagonal().add_(shift)
-        self.factor, failed = torch.linalg.cholesky_ex(block)
+        self.factor = block.mT  # in the order of LAPACK, so that the block itself becomes the factor
+        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(self.factor, out=(self.factor, failed))
         if int(failed) or not bool(torch.isfinite(self.factor.diagonal()).all()):
             dtype = str(gram.dtype).removeprefix("torch.")
             raise UpweightError(
