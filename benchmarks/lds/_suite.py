@@ -233,10 +233,10 @@ def report(title: str, rows: list[Row], outcomes: Outcomes) -> str:
     ]
     for row in rows:
         chosen = f" ({row.choices[0]})" if row.choices[0] not in ("", "auto") else ""
-        cells = [f"{row.method}{chosen}", _figure(row.one), f"{row.one.corrected:.2f}"]
+        cells = [f"{row.method}{chosen}", _figure(row.one), _share(row.one)]
         if row.several is not None:
             other = f" ({row.choices[1]})" if row.choices[1] != row.choices[0] else ""
-            cells += [_figure(row.several) + other, f"{row.several.corrected:.2f}"]
+            cells += [_figure(row.several) + other, _share(row.several)]
         lines.append("| " + " | ".join([*cells, f"{row.seconds:.1f}"]) + " |")
     lines += ["", "The sweeps, one model, on the queries with even numbers:", ""]
     for row in rows:
@@ -244,6 +244,10 @@ def report(title: str, rows: list[Row], outcomes: Outcomes) -> str:
             values = ", ".join(f"{k}: {v:.3f}" for k, v in row.sweep.items())
             lines.append(f"- {row.method.removesuffix(', damping chosen')}: {values}")
     return "\n".join(lines)
+
+
+def _share(result: LDS) -> str:
+    return "–" if math.isnan(result.corrected) else f"{result.corrected:.2f}"
 
 
 def _figure(result: LDS) -> str:
