@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from upweight.errors import CacheMismatchError, StoreError, UpweightError
     from upweight.evaluate import RetrainingBank, label_noise, lds, leave_one_out, removal_curve
     from upweight.experiment import Experiment
+    from upweight.explorer.decisions import Decisions
     from upweight.integrations.sklearn import SklearnModel, from_sklearn
     from upweight.scores import Ranking, Scores, SelfInfluence
     from upweight.task import BinaryClassification, Classification, Regression, Task
@@ -47,6 +48,7 @@ _LAZY = {
     "Classification": "upweight.task",
     "Damping": "upweight.curvature",
     "Datamodel": "upweight.attributors.datamodel",
+    "Decisions": "upweight.explorer.decisions",
     "EL2N": "upweight.attributors.baselines.el2n",
     "EmbeddingSimilarity": "upweight.attributors.baselines.embedding",
     "Examples": "upweight.data",
@@ -90,6 +92,7 @@ __all__ = [
     "Classification",
     "Damping",
     "Datamodel",
+    "Decisions",
     "EL2N",
     "EmbeddingSimilarity",
     "Examples",
