@@ -82,7 +82,7 @@ WRITER = """
 import sys
 from upweight.explorer.decisions import Decisions
 decisions = Decisions(sys.argv[1])
-for number in range(40):
+for number in range(20):
     decisions.set(number, "keep", reviewer=sys.argv[2])
 """
 
@@ -94,21 +94,21 @@ def test_two_programs_at_once_lose_nothing(file):
     assert [writer.communicate(timeout=120)[1].decode() for writer in writers] == ["", ""]
     history = uw.Decisions(file).history()
     assert sorted((one.reviewer, name) for name, one in history) == [
-        (who, number) for who in ("ada", "bob") for number in range(40)
+        (who, number) for who in ("ada", "bob") for number in range(20)
     ]
 
 
 def test_threads_that_race_for_making_the_file_lose_nothing(file):
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda number: uw.Decisions(file).set(number, "drop"), range(64)))
-    assert sorted(uw.Decisions(file).remove()) == list(range(64))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: uw.Decisions(file).set(number, "drop"), range(24)))
+    assert sorted(uw.Decisions(file).remove()) == list(range(24))
 
 
 def test_a_killed_program_keeps_what_set_returned_from(file):
     code = WRITER + "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     killed = subprocess.run([sys.executable, "-c", code, str(file), "ada"], timeout=120)
     assert killed.returncode == -9
-    assert len(uw.Decisions(file)) == 40
+    assert len(uw.Decisions(file)) == 20
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ DAMAGES = {
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_file_is_refused(file, kind):
     decisions = uw.Decisions(file)
-    for number in range(200):
+    for number in range(20):
         decisions.set(number, "keep", reviewer="somebody with a long name")
     DAMAGES[kind](file)
     with refused("cannot be used" if kind == "folder" else "is damaged, or does not hold decisions"):
