@@ -91,7 +91,7 @@ def test_two_programs_at_once_lose_nothing(file):
     """Both also race for making the file."""
     command = [sys.executable, "-c", WRITER, str(file)]
     writers = [subprocess.Popen([*command, name], stderr=subprocess.PIPE) for name in ("ada", "bob")]
-    assert [writer.communicate(timeout=120)[1].decode() for writer in writers] == ["", ""]
+    assert [writer.communicate(timeout=600)[1].decode() for writer in writers] == ["", ""]
     history = uw.Decisions(file).history()
     assert sorted((one.reviewer, name) for name, one in history) == [
         (who, number) for who in ("ada", "bob") for number in range(20)
@@ -106,7 +106,7 @@ def test_threads_that_race_for_making_the_file_lose_nothing(file):
 
 def test_a_killed_program_keeps_what_set_returned_from(file):
     code = WRITER + "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    killed = subprocess.run([sys.executable, "-c", code, str(file), "ada"], timeout=120)
+    killed = subprocess.run([sys.executable, "-c", code, str(file), "ada"], timeout=600)
     assert killed.returncode == -9
     assert len(uw.Decisions(file)) == 20
 

@@ -25,6 +25,13 @@ Method = Any
 """An attributor, or a function ``(model, task) -> attributor``."""
 
 
+_SIGNATURES = {
+    "train_fn": "def train_fn(indices, seed)",
+    "show": "def show(example)",
+    "read": "def read(path_or_text)",
+}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Experiment:
     """What the command line works on.
@@ -45,6 +52,9 @@ class Experiment:
             These are evaluated unless others are asked for, and may be asked for by name.
         name: What to call the experiment.
         features: The names of the columns, where an input is the row of a table.
+        read: How the explorer reads a query that a person brings: a function of the path of an uploaded file, or of a
+            typed text, that returns one input (or a whole example in the form of the data) without the batch axis. If
+            None, pictures and rows of numbers are understood where the training data are such.
 
     Raises:
         UpweightError: What is wrong with one of them, in one line.
@@ -77,6 +87,7 @@ class Experiment:
     methods: Mapping[str, Method] | None = None
     name: str = "experiment"
     features: Sequence[str] | None = None
+    read: Callable[[Any], object] | None = None
 
     def __init__(
         self,
@@ -90,6 +101,7 @@ class Experiment:
         methods: Mapping[str, Method] | None = None,
         name: str = "experiment",
         features: Sequence[str] | None = None,
+        read: Callable[[Any], object] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UpweightError(
@@ -100,11 +112,11 @@ class Experiment:
             raise UpweightError(
                 f"the experiment's task is {type(task).__name__}, expected a Task -> uw.Classification() for example"
             )
-        for what, function in (("train_fn", train_fn), ("show", show)):
+        for what, function in (("train_fn", train_fn), ("show", show), ("read", read)):
             if function is not None and not callable(function):
                 raise UpweightError(
                     f"the experiment's {what} is {type(function).__name__}, expected a function -> "
-                    + ("def train_fn(indices, seed)" if what == "train_fn" else "def show(example)")
+                    + _SIGNATURES[what]
                 )
         for what, names, one in (("classes", classes, "class"), ("features", features, "feature")):
             if isinstance(names, str):
@@ -129,6 +141,7 @@ class Experiment:
             "methods": None if methods is None else dict(methods),
             "name": str(name),
             "features": None if features is None else [str(one) for one in features],
+            "read": read,
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)

@@ -289,13 +289,18 @@ _LIMITS: WeakKeyDictionary[Any, tuple[np.ndarray, np.ndarray] | None] = WeakKeyD
 """What is black and white in an experiment's inputs: the same for all of them, as they are compared by eye."""
 
 
+def pixel_limits(experiment: Experiment) -> tuple[np.ndarray, np.ndarray] | None:
+    """The numbers that are black and white in each channel of the inputs, [C] each; None if they are no images."""
+    if experiment not in _LIMITS:
+        _LIMITS[experiment] = _data_limits(experiment)
+    return _LIMITS[experiment]
+
+
 def _default_picture(experiment: Experiment, first: Tensor | None) -> Picture | None:
     """The inputs as an image, if they have the shape of one."""
     if first is None or not _image_shaped(first):
         return None
-    if experiment not in _LIMITS:
-        _LIMITS[experiment] = _data_limits(experiment)
-    limits = None if first.dtype.itemsize == 1 else _LIMITS[experiment]
+    limits = None if first.dtype.itemsize == 1 else pixel_limits(experiment)
     pixels = _channels_last(
         first.detach().float().cpu().numpy() if first.is_floating_point() else first.cpu().numpy()
     )
