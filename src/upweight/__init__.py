@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from upweight.evaluate import RetrainingBank, label_noise, lds, leave_one_out, removal_curve
     from upweight.experiment import Experiment
     from upweight.integrations.sklearn import SklearnModel, from_sklearn
+    from upweight.repair.audit import audit
+    from upweight.repair.issue_table import IssueTable
     from upweight.scores import Ranking, Scores, SelfInfluence
     from upweight.task import BinaryClassification, Classification, Regression, Task
     from upweight.testing import check_attributor
@@ -57,6 +59,7 @@ _LAZY = {
     "GradNorm": "upweight.attributors.baselines.grad_norm",
     "GroupEffect": "upweight.attributors.group",
     "Influence": "upweight.attributors.influence",
+    "IssueTable": "upweight.repair.issue_table",
     "Loss": "upweight.attributors.baselines.loss",
     "Margin": "upweight.attributors.baselines.margin",
     "Random": "upweight.attributors.baselines.random_scores",
@@ -71,6 +74,7 @@ _LAZY = {
     "Task": "upweight.task",
     "TracIn": "upweight.attributors.tracin",
     "UpweightError": "upweight.errors",
+    "audit": "upweight.repair.audit",
     "check_attributor": "upweight.testing",
     "confident_learning": "upweight.attributors.baselines.confident_learning",
     "damping_curve": "upweight.attributors.damping_curve",
@@ -100,6 +104,7 @@ __all__ = [
     "GradNorm",
     "GroupEffect",
     "Influence",
+    "IssueTable",
     "Loss",
     "Margin",
     "Random",
@@ -115,6 +120,7 @@ __all__ = [
     "TracIn",
     "UpweightError",
     "__version__",
+    "audit",
     "check_attributor",
     "confident_learning",
     "damping_curve",
