@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from upweight.experiment import Experiment
     from upweight.explorer.decisions import Decisions
     from upweight.integrations.sklearn import SklearnModel, from_sklearn
+    from upweight.repair.audit import audit
+    from upweight.repair.issue_table import IssueTable
     from upweight.scores import Ranking, Scores, SelfInfluence
     from upweight.task import BinaryClassification, Classification, Regression, Task
     from upweight.testing import check_attributor
@@ -59,6 +61,7 @@ _LAZY = {
     "GradNorm": "upweight.attributors.baselines.grad_norm",
     "GroupEffect": "upweight.attributors.group",
     "Influence": "upweight.attributors.influence",
+    "IssueTable": "upweight.repair.issue_table",
     "Loss": "upweight.attributors.baselines.loss",
     "Margin": "upweight.attributors.baselines.margin",
     "Random": "upweight.attributors.baselines.random_scores",
@@ -73,6 +76,7 @@ _LAZY = {
     "Task": "upweight.task",
     "TracIn": "upweight.attributors.tracin",
     "UpweightError": "upweight.errors",
+    "audit": "upweight.repair.audit",
     "check_attributor": "upweight.testing",
     "confident_learning": "upweight.attributors.baselines.confident_learning",
     "damping_curve": "upweight.attributors.damping_curve",
@@ -103,6 +107,7 @@ __all__ = [
     "GradNorm",
     "GroupEffect",
     "Influence",
+    "IssueTable",
     "Loss",
     "Margin",
     "Random",
@@ -118,6 +123,7 @@ __all__ = [
     "TracIn",
     "UpweightError",
     "__version__",
+    "audit",
     "check_attributor",
     "confident_learning",
     "damping_curve",
