@@ -16,9 +16,13 @@ from upweight.explorer import panels, suspects
 from upweight.explorer.run import Run
 from upweight.explorer.suspects import Selection
 from upweight.explorer.uploads import read_query
+from upweight.explorer.words import short
 
 HERE = ""
 """The name under which the method that answers here is chosen, instead of a file of scores."""
+
+ISSUE = "issue:"
+"""Before a kind of issue as a choice: gradio would translate a bare "label"."""
 
 PER_LAYER = 40
 """Layers that are offered one by one."""
@@ -39,14 +43,16 @@ def build(run: Run, reviewer: str = "") -> Any:
     import gradio as gr
 
     # Nothing is fetched from elsewhere: the fonts are the reader's own.
-    with gr.Blocks(title=f"{run.experiment.name} · upweight explorer", analytics_enabled=False) as page:
+    with gr.Blocks(
+        title=f"{short(run.experiment.name, 60)} · upweight explorer", analytics_enabled=False
+    ) as page:
         gr.HTML(
-            panels.render("head.html", name=panels.short(run.experiment.name, 80), what=repr(run.experiment))
+            panels.render("head.html", name=short(run.experiment.name, 80), what=short(repr(run.experiment)))
         )
         with gr.Tabs():
-            with gr.Tab("Explain a prediction"):
+            with gr.Tab("Explain"):
                 _explain_tab(gr, page, run)
-            with gr.Tab("Decide about suspects", elem_id="review-tab"):
+            with gr.Tab("Review"):
                 _review_tab(gr, page, run, reviewer)
             with gr.Tab("Decisions") as tab:
                 listed = gr.HTML(elem_id="decisions", apply_default_css=False)
@@ -97,7 +103,7 @@ def _answered(panel: Callable[..., Any]) -> Callable[..., Any]:
 def _explain_tab(gr: Any, page: Any, run: Run) -> None:
     layers = _layers(run)
     methods = [
-        *((panels.short(name, 60), name) for name in run.saved),
+        *((short(name, 60), name) for name in run.saved),
         (f"{run.live.name}, computed here", HERE),
     ]
     key = gr.Textbox("query:0", visible=False)
@@ -112,7 +118,7 @@ def _explain_tab(gr: Any, page: Any, run: Run) -> None:
                 )
                 text = gr.Textbox(label="or a text, or numbers", lines=2, max_lines=6)
                 target = gr.Dropdown(
-                    [("what the model says", -1), *run.classes("train")], value=-1, label="Its class"
+                    panels.choices(run.classes("train"), "what the model says"), value=-1, label="Its class"
                 )
                 ask = gr.Button("Explain it", elem_id="ask")
         with gr.Column(scale=5, min_width=420):
@@ -144,7 +150,7 @@ def _explain_tab(gr: Any, page: Any, run: Run) -> None:
             goal = None if target == -1 else float(target)
             upload = read_query(run.experiment, Path(file) if file else None, text, goal, run.live.predict)
         except UpweightError as error:
-            raise gr.Error(panels.short(error), print_exception=False) from None
+            raise gr.Error(short(error), print_exception=False) from None
         return run.add(upload), HERE
 
     explained = _answered(explain)
@@ -187,7 +193,9 @@ def _review_tab(gr: Any, page: Any, run: Run, reviewer: str) -> None:
     kinds = run.issues.kinds if run.issues is not None else []
     with gr.Row(visible=bool(kinds)):
         kind = gr.Dropdown(
-            [(panels.KINDS[one], one) for one in kinds], value=kinds[0] if kinds else None, label="Issue"
+            [(panels.KINDS[one], ISSUE + one) for one in kinds],
+            value=ISSUE + kinds[0] if kinds else None,
+            label="Issue",
         )
         label = gr.Dropdown(panels.choices(run.classes("train")), value=-1, label="Labelled")
         show = gr.Dropdown(
@@ -197,12 +205,14 @@ def _review_tab(gr: Any, page: Any, run: Run, reviewer: str) -> None:
     shown = gr.HTML(js_on_load=asset("review.js"), elem_id="review", apply_default_css=False)
 
     def start(kind: str, label: int, show: str) -> str:
-        wanted = Selection(kind or "", _all(label), show)
+        wanted = Selection((kind or "").removeprefix(ISSUE), _all(label), show)
         row = None if run.issues is None else suspects.step(run.issues, wanted, run.decisions.all())
         return panels.review(run, wanted, row)
 
     def act(kind: str, label: int, show: str, who: str, event: gr.EventData) -> str:
-        return decide(run, Selection(kind, _all(label), show), who, event._data or {})
+        return decide(
+            run, Selection((kind or "").removeprefix(ISSUE), _all(label), show), who, event._data or {}
+        )
 
     act.__annotations__["event"] = gr.EventData
     shown.submit(act, [kind, label, show, who], shown, **_quiet())
@@ -236,7 +246,7 @@ def decide(run: Run, wanted: Selection, reviewer: str, event: dict[str, Any]) ->
     action = str(event.get("action"))
     try:
         if action in ("keep", "relabel", "drop", "undo"):
-            _write(run, action, row, str(event.get("key")), event.get("label"), reviewer)
+            notice = _write(run, action, row, event, reviewer)
             by = 0 if action == "undo" else 1
         elif action in ("previous", "last"):
             by = -1
@@ -255,25 +265,44 @@ def decide(run: Run, wanted: Selection, reviewer: str, event: dict[str, Any]) ->
     return panels.review(run, wanted, row if found is None and by < 0 else found, notice)
 
 
-def _write(run: Run, action: str, row: int | None, key: str, label: Any, reviewer: str) -> None:
-    """Keep a decision about the example that was on screen, which its id must agree with."""
+def _write(run: Run, action: str, row: int | None, event: dict[str, Any], reviewer: str) -> str:
+    """Keep a decision about the example that was on screen, which its id must agree with.
+
+    Returns:
+        That somebody else decided otherwise since the page was drawn; else an empty text.
+    """
     assert run.issues is not None
-    name = run.train_id(key)
+    label = event.get("label")
     issue = None if row is None else run.issues.row(row)
-    if issue is None or issue["id"] != name:
+    if issue is None or run.mark(issue["id"]) != event.get("key") or issue["id"] not in run.position:
         raise UpweightError(
-            f"example {name!r} is not the one in row {row} of the issue table -> it was made anew: load the page again"
+            f"row {row} of the issue table is not the example on the page -> the table is another one: load it again"
         )
-    if action == "undo":
+    name = issue["id"]
+    before = run.decisions.all().get(name)
+    if action == "relabel":
+        _relabel(run, issue, label, reviewer)
+    elif action == "undo":
         run.decisions.clear(name, reviewer)
-        return
-    if action != "relabel":
+    else:
         run.decisions.set(name, action, reviewer=reviewer)
-        return
+    after = run.decisions.all().get(name)
+    if before is None or before.at == event.get("seen") or after is None:
+        return ""
+    if (before.action, before.label) == (after.action, after.label):
+        return ""
+    return (
+        f"Example {short(name, 60)}: {before.reviewer or 'somebody'} decided otherwise meanwhile ({before.action}); "
+        f"now your {action} counts. The history has both."
+    )
+
+
+def _relabel(run: Run, issue: dict[str, Any], label: Any, reviewer: str) -> None:
+    name = issue["id"]
     chosen = issue["predicted_label"] if label is None else _class(run, label)
     if chosen is None or chosen == issue["given_label"]:
         raise UpweightError(
-            f"example {name!r} has no other label suggested -> choose a class, or keep or drop it"
+            f"example {short(name, 60)} has no other label suggested -> choose a class, or keep or drop it"
         )
     run.decisions.set(name, "relabel", chosen, reviewer)
 

@@ -1,4 +1,4 @@
-"""The parts of the page as HTML. Every text of the data passes through Jinja's escaping, and nothing else inserts any."""
+"""The parts of the page as HTML. Every text of the data passes through Jinja's escaping."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from torch import Tensor
 from upweight.explorer import suspects
 from upweight.explorer.run import Run
 from upweight.explorer.suspects import Selection
+from upweight.explorer.words import short
 from upweight.report.shown import Shown
 
 QUERIES = 40
 """Queries on one page of the list."""
-
-LONGEST = 400
-"""Characters of a text that are shown."""
 
 LATEST = 200
 """Decisions listed; the table has all of them."""
@@ -48,19 +46,6 @@ def _environment() -> Environment:
 def render(template: str, **values: Any) -> str:
     """A part of the page."""
     return _environment().get_template(template).render(serial=next(_SERIAL), **values)
-
-
-def short(text: object, longest: int = LONGEST) -> str:
-    """A text on one line, cut with a note of what is missing; controls and writing direction marks as ``?``.
-
-    >>> short("cat" + chr(0x202E) + "\\n dog"), short("a" * 500)[-25:]
-    ('cat? dog', 'aaaa (100 more characters)')
-    """
-    whole = str(text)
-    cut = " ".join(whole[: longest * 4].split())[:longest]
-    shown = "".join(letter if letter.isprintable() else "?" for letter in cut)
-    more = len(whole) - longest
-    return f"{shown} ({more:,} more characters)" if more > 0 else shown
 
 
 def signed(value: float) -> str:
@@ -205,7 +190,7 @@ def review(run: Run, wanted: Selection, row: int | None, notice: str = "") -> st
     return render(
         "review.html",
         row=row,
-        key=json.dumps(name),
+        key=run.mark(name),
         example={"id": name, **_look(run.shown("train", [position])[0], "train", position, large=True)},
         issue=issue,
         kind=KINDS.get(issue["issue"], issue["issue"]),
@@ -301,6 +286,7 @@ def _decision(run: Run, one: Any) -> dict[str, Any] | None:
         "label": run.name(one.label) if one.label is not None else "",
         "reviewer": one.reviewer,
         "at": one.at[:16].replace("T", " "),
+        "moment": one.at,
     }
 
 
@@ -309,6 +295,6 @@ def _influence_unit(info: dict[str, Any]) -> str:
     return str(influence.get("unit") or "") if isinstance(influence, dict) else ""
 
 
-def choices(pairs: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+def choices(pairs: Sequence[tuple[str, int]], everything: str = "all classes") -> list[tuple[str, int]]:
     """Classes for a list to choose from, cut to a readable length; -1 stands for all of them."""
-    return [("all classes", -1), *((short(name, 60), number) for name, number in pairs)]
+    return [(everything, -1), *((short(name, 60), number) for name, number in pairs)]

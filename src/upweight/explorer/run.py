@@ -1,7 +1,8 @@
-"""A run's folder as the explorer sees it: its scores, suspects, decisions and pictures, read when they are asked for."""
+"""A run's folder as the explorer sees it: scores, suspects, decisions and pictures, read when they are asked for."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -14,12 +15,13 @@ import numpy as np
 from torch import Tensor
 
 from upweight._ids import Id, some
-from upweight.errors import CacheMismatchError, StoreError, UpweightError
+from upweight.errors import CacheMismatchError, UpweightError
 from upweight.evaluate.comparison import file_name
 from upweight.experiment import Experiment
 from upweight.explorer.decisions import Decisions
 from upweight.explorer.live import Live
 from upweight.explorer.uploads import Upload
+from upweight.explorer.words import short
 from upweight.report.shown import Shown, shown
 from upweight.scores import Scores
 from upweight.task.outputs import split_batch
@@ -153,8 +155,8 @@ class Run:
         names = self.experiment.classes
         whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
         if names is not None and whole and 0 <= int(label) < len(names):
-            return names[int(label)]
-        return f"{label:.4g}" if isinstance(label, float) else str(label)
+            return short(names[int(label)], 60)
+        return f"{label:.4g}" if isinstance(label, float) else short(label, 60)
 
     # Queries -----------------------------------------------------------------------------------------------------
 
@@ -201,21 +203,10 @@ class Run:
         """The position of every training example by its id."""
         return {name: position for position, name in enumerate(self.experiment.train.ids)}
 
-    def train_id(self, text: str) -> Id:
-        """A training example's id from its JSON text.
-
-        Raises:
-            StoreError: There is no such example.
-        """
-        try:
-            name = json.loads(text)
-        except ValueError:
-            name = None
-        if not isinstance(name, (int, str)) or name not in self.position:
-            raise StoreError(
-                f"there is no training example {text[:40]} -> the page is of another run: load it again"
-            )
-        return name
+    @staticmethod
+    def mark(name: Id) -> str:
+        """A short sign of an id, by which the page says which example it shows."""
+        return hashlib.blake2b(json.dumps(name).encode(), digest_size=12).hexdigest()
 
 
 def _classes_of(examples: Any) -> np.ndarray | None:

@@ -70,7 +70,9 @@ def step(
     """
     rows = in_order(table, wanted)
     ids = table.columns["id"]
-    if wanted.show in ("undecided", "decided"):
+    if wanted.show == "decided" or (
+        wanted.show == "undecided" and by >= 0
+    ):  # back leads to what was just decided
         keep = [(ids[one] in decided) == (wanted.show == "decided") for one in rows.tolist()]
         if row is not None and by != 0:  # where one stands stays in the order, decided or not
             keep = [kept or one == row for kept, one in zip(keep, rows.tolist())]

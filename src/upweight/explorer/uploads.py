@@ -85,7 +85,8 @@ def _by_read(experiment: Experiment, given: Path | str) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UpweightError(
-            f"the experiment's read raised {type(error).__name__} ({reason}) -> it is given the path of a file, or a text"
+            f"the experiment's read raised {type(error).__name__} ({reason}) "
+            "-> it is given the path of a file, or a text"
         ) from error
 
 
@@ -123,8 +124,8 @@ def _picture(file: Path, like: Tensor, limits: tuple[np.ndarray, np.ndarray]) ->
         with Image.open(file) as opened:
             if max(opened.size) > LONGEST_SIDE:
                 raise UpweightError(
-                    f"the picture has {opened.size[0]} x {opened.size[1]} pixels, expected at most {LONGEST_SIDE} a side "
-                    "-> scale it down"
+                    f"the picture has {opened.size[0]} x {opened.size[1]} pixels, expected at most "
+                    f"{LONGEST_SIDE} a side -> scale it down"
                 )
             image = opened.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]).resize((width, height))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -11,7 +11,7 @@ function send(action, more) {
   busy = Date.now() + 8000; // an answer that is lost must not lock the page
   element.classList.add('busy');
   const shown = panel();
-  const where = shown ? {row: Number(shown.dataset.row), key: shown.dataset.key} : {row: null, key: null};
+  const where = shown ? {row: Number(shown.dataset.row), key: shown.dataset.key, seen: shown.dataset.seen} : {};
   trigger('submit', {action, ...where, ...more});
 }
 
