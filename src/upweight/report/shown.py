@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from upweight.data import Examples
     from upweight.experiment import Experiment
 
-__all__ = ["Shown", "as_picture", "describe", "label_name", "shown", "thumbnail", "words"]
+__all__ = ["Shown", "as_picture", "describe", "drawn_in_ink", "label_name", "shown", "thumbnail", "words"]
 
 SIDE = 128
 """Pixels a side that thumbnails are scaled down to; smaller pictures stay as they are."""
+
+TINY = 48
+"""Pictures of at most so many pixels a side are enlarged pixel by pixel."""
 
 CHANNELS = (1, 3, 4)
 """Sizes of an axis that may be one of colours."""
@@ -56,6 +59,13 @@ class Shown:
     tokens: list[tuple[str, float]] | None = None
     fields: list[tuple[str, float]] | None = None
     problem: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture in pixels; zeros without one."""
+        if self.picture is None:
+            return 0, 0
+        return int.from_bytes(self.picture[16:20], "big"), int.from_bytes(self.picture[20:24], "big")
 
 
 def thumbnail(experiment: Experiment, which: str, position: int, side: int = SIDE) -> bytes | None:
@@ -327,6 +337,21 @@ def _data_limits(experiment: Experiment) -> tuple[np.ndarray, np.ndarray] | None
     if not arrays or len({array.shape[1] for array in arrays}) != 1:
         return None
     return _limits(np.concatenate(arrays)[:, None])
+
+
+def drawn_in_ink(looks: Sequence[Shown]) -> bool:
+    """Whether the pictures are small bright strokes on black, as of digits: a light page shows them dark on light."""
+    from PIL.Image import open as opened
+
+    pngs = [look.picture for look in looks if look.picture is not None and max(look.size) <= TINY][:64]
+    borders = []
+    for png in pngs:
+        picture = opened(io.BytesIO(png))
+        if picture.mode != "L":
+            return False
+        pixels = np.asarray(picture)
+        borders.append(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).mean())
+    return len(pngs) > 0 and float(np.median(borders)) < 40
 
 
 def _png(picture: Picture, side: int) -> bytes | None:

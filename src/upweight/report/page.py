@@ -1,0 +1,108 @@
+"""The report: one HTML file of whatever a run folder holds. It loads nothing, and needs no server."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+import upweight
+from upweight._files import replace_file
+from upweight.errors import StoreError
+from upweight.report import summary
+from upweight.report.charts import histogram
+from upweight.report.issue_rows import KINDS, issue_data
+from upweight.report.plain import compact_json, figure, percent, plain, short, signed
+from upweight.report.queries import cards, concentration
+from upweight.report.run_files import RunFiles, read_run
+from upweight.report.shown import TINY, drawn_in_ink
+
+if TYPE_CHECKING:
+    from upweight.experiment import Experiment
+
+__all__ = ["build", "render"]
+
+
+def build(run_folder: str | os.PathLike[str], experiment: Experiment | None = None) -> Path:
+    """Write ``report.html`` into a run folder, of whatever is there.
+
+    Args:
+        run_folder: Of the run.
+        experiment: The experiment, which shows its examples; without it the page knows them by their ids.
+
+    Returns:
+        The file.
+
+    Raises:
+        StoreError: The folder does not exist, holds nothing to report, or cannot be written.
+    """
+    folder = Path(run_folder).expanduser()
+    run = read_run(folder, experiment)
+    if run.empty:
+        why = f" ({run.notices[0]})" if run.notices else ""
+        raise StoreError(
+            f"{folder} holds nothing to report{why} -> upweight attribute, evaluate, audit or repair "
+            f"EXPERIMENT --out {folder}"
+        )
+    text = render(run, experiment)
+    path = folder / "report.html"
+    replace_file(path, lambda file: file.write(text.encode("utf-8", "replace")))
+    return path
+
+
+def render(run: RunFiles, experiment: Experiment | None = None) -> str:
+    """The page as one HTML document; every text in it is escaped, of bounded length, and free of hidden characters."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Whatever the page shows goes through this, so no template can forget it.
+        finalize=lambda value: plain(value) if type(value) is str else value,
+    )
+    environment.filters.update(figure=figure, percent=percent, signed=signed, short=short, plain=plain)
+    script, style = _asset("report.js"), _asset("report.css")
+    issues = None if run.issues is None else issue_data(run.issues, experiment)
+    queries = [] if run.scores is None else cards(run.scores, experiment)
+    looks = [one.look for card in queries for one in (card, *card.proponents, *card.opponents)]
+    # The browser runs this script and no other: markup that got into the page could not.
+    mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.from_string(_asset("report.html")).render(
+        run=run,
+        experiment=experiment,
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=Markup(mark),
+        title=summary.title(run, experiment),
+        sentences=summary.sentences(run, experiment, issues),
+        tiles=summary.tiles(run, issues),
+        missing=summary.missing(run),
+        cards=queries,
+        ink=drawn_in_ink(looks),
+        tiny=TINY,
+        histogram=None if run.scores is None else histogram(run.scores.values.double().cpu().numpy()),
+        half=None if run.scores is None else concentration(run.scores),
+        evaluation=summary.evaluation(run),
+        issues=issues,
+        issue_json=None if issues is None else Markup(compact_json(_for_browser(issues))),
+        kinds=KINDS,
+        repair=summary.repair(run),
+        verification=summary.verification(run),
+        provenance=summary.provenance(run, experiment),
+        version=upweight.__version__,
+    )
+
+
+def _for_browser(issues: dict[str, Any]) -> dict[str, Any]:
+    kept = ("texts", "columns", "flagged", "positions", "looks", "unit")
+    return {**{key: issues[key] for key in kept}, "kinds": KINDS}
+
+
+def _asset(name: str) -> str:
+    return resources.files("upweight.report").joinpath(name).read_text(encoding="utf-8")
