@@ -20,8 +20,10 @@ from upweight.report.charts import histogram
 from upweight.report.issue_rows import KINDS, issue_data
 from upweight.report.plain import compact_json, figure, percent, plain, short, signed
 from upweight.report.queries import cards, concentration
+from upweight.report.repaired import repair, verification
 from upweight.report.run_files import RunFiles, read_run
 from upweight.report.shown import TINY, drawn_in_ink
+from upweight.report.trust import evaluation
 
 if TYPE_CHECKING:
     from upweight.experiment import Experiment
@@ -68,7 +70,8 @@ def render(run: RunFiles, experiment: Experiment | None = None) -> str:
     )
     environment.filters.update(figure=figure, percent=percent, signed=signed, short=short, plain=plain)
     script, style = _asset("report.js"), _asset("report.css")
-    issues = None if run.issues is None else issue_data(run.issues, experiment)
+    parts = _parts(run, experiment)
+    issues = parts.issues
     queries = [] if run.scores is None else cards(run.scores, experiment)
     looks = [one.look for card in queries for one in (card, *card.proponents, *card.opponents)]
     # The browser runs this script and no other: markup that got into the page could not.
@@ -80,23 +83,40 @@ def render(run: RunFiles, experiment: Experiment | None = None) -> str:
         script=Markup(script),
         script_hash=Markup(mark),
         title=summary.title(run, experiment),
-        sentences=summary.sentences(run, experiment, issues),
-        tiles=summary.tiles(run, issues),
+        sentences=summary.sentences(run, parts),
+        tiles=summary.tiles(parts),
         missing=summary.missing(run),
         cards=queries,
         ink=drawn_in_ink(looks),
         tiny=TINY,
         histogram=None if run.scores is None else histogram(run.scores.values.double().cpu().numpy()),
         half=None if run.scores is None else concentration(run.scores),
-        evaluation=summary.evaluation(run),
+        evaluation=parts.evaluation,
         issues=issues,
         issue_json=None if issues is None else Markup(compact_json(_for_browser(issues))),
         kinds=KINDS,
-        repair=summary.repair(run),
-        verification=summary.verification(run),
+        repair=parts.repair,
+        verification=parts.verification,
         provenance=summary.provenance(run, experiment),
         version=upweight.__version__,
     )
+
+
+def _parts(run: RunFiles, experiment: Experiment | None) -> summary.Parts:
+    """What the files came to; one that does not hold what it should is left out with a notice."""
+    made: dict[str, Any] = {}
+    for kind, file, make in (
+        ("evaluation", "evaluate.json", evaluation),
+        ("issues", "issues.json", lambda content: content and issue_data(content, experiment)),
+        ("repair", "repair/repair.json", repair),
+        ("verification", "repair/verify.json", verification),
+    ):
+        try:
+            made[kind] = make(getattr(run, kind))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
+            run.notices.append(f"{file} holds what it should not ({type(error).__name__}): it is left out.")
+            setattr(run, kind, None)
+    return summary.Parts(**made)
 
 
 def _for_browser(issues: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import math
 import unicodedata
 from typing import Any
 
-__all__ = ["compact_json", "figure", "percent", "plain", "short", "signed"]
+__all__ = ["compact_json", "figure", "finite", "known", "listed", "percent", "plain", "short", "signed"]
 
 LONGEST = 2000
 """Characters of one text that are shown."""
@@ -100,3 +100,18 @@ def compact_json(value: object) -> str:
     """
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def finite(value: Any) -> bool:
+    """Whether it is a finite number (True and False are none)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def known(value: Any) -> float | None:
+    """The number, or None for whatever is none."""
+    return value if finite(value) else None
+
+
+def listed(parts: list[str]) -> str:
+    """``"a, b and c"``."""
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" and {parts[-1]}"
