@@ -44,7 +44,11 @@ def build(run_folder: str | os.PathLike[str], experiment: Experiment | None = No
     Raises:
         StoreError: The folder does not exist, holds nothing to report, or cannot be written.
     """
-    folder = Path(run_folder).expanduser()
+    return write(Path(run_folder).expanduser(), experiment)[0]
+
+
+def write(folder: Path, experiment: Experiment | None = None) -> tuple[Path, RunFiles]:
+    """`build`, and what was found in the folder."""
     run = read_run(folder, experiment)
     if run.empty:
         why = f" ({run.notices[0]})" if run.notices else ""
@@ -55,7 +59,7 @@ def build(run_folder: str | os.PathLike[str], experiment: Experiment | None = No
     text = render(run, experiment)
     path = folder / "report.html"
     replace_file(path, lambda file: file.write(text.encode("utf-8", "replace")))
-    return path
+    return path, run
 
 
 def render(run: RunFiles, experiment: Experiment | None = None) -> str:

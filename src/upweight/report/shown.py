@@ -18,6 +18,7 @@ from torch import Tensor
 
 from upweight._trees import map_tensors, tensors_in
 from upweight.errors import UpweightError
+from upweight.task.outputs import split_batch
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -137,7 +138,10 @@ def describe(experiment: Experiment, example: Any, name: int | str) -> str:
 
 def label_name(experiment: Experiment, example: Any) -> str:
     """The class of an example by its name, its target as a number, or nothing."""
-    target = example[-1] if isinstance(example, (tuple, list)) and len(example) > 1 else None
+    try:
+        target = split_batch(example)[2]
+    except UpweightError:  # no pair, and no dict with targets
+        return ""
     if not isinstance(target, Tensor) or target.numel() != 1:
         return ""
     value = target.item()

@@ -103,9 +103,9 @@ def tiles(parts: Parts) -> list[tuple[str, str]]:
     return found
 
 
-def missing(run: RunFiles) -> list[tuple[str, str]]:
+def missing(run: RunFiles, address: str = "") -> list[tuple[str, str]]:
     """What is not in the folder, and the command that makes it."""
-    address, folder = run.address or "EXPERIMENT", str(run.folder)
+    address, folder = address or run.address or "EXPERIMENT", str(run.folder)
     commands = [
         (run.scores is None, "Scores of every training example for every query", "attribute"),
         (run.evaluation is None, "How far the scores can be trusted, against real retraining", "evaluate"),
