@@ -18,6 +18,7 @@ from torch import Tensor
 
 from upweight._trees import map_tensors, tensors_in
 from upweight.errors import UpweightError
+from upweight.task.outputs import split_batch
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
     from upweight.data import Examples
     from upweight.experiment import Experiment
 
-__all__ = ["Shown", "as_picture", "describe", "label_name", "shown", "thumbnail", "words"]
+__all__ = ["Shown", "as_picture", "describe", "drawn_in_ink", "label_name", "shown", "thumbnail", "words"]
 
 SIDE = 128
 """Pixels a side that thumbnails are scaled down to; smaller pictures stay as they are."""
+
+TINY = 48
+"""Pictures of at most so many pixels a side are enlarged pixel by pixel."""
 
 CHANNELS = (1, 3, 4)
 """Sizes of an axis that may be one of colours."""
@@ -56,6 +60,13 @@ class Shown:
     tokens: list[tuple[str, float]] | None = None
     fields: list[tuple[str, float]] | None = None
     problem: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture in pixels; zeros without one."""
+        if self.picture is None:
+            return 0, 0
+        return int.from_bytes(self.picture[16:20], "big"), int.from_bytes(self.picture[20:24], "big")
 
 
 def thumbnail(experiment: Experiment, which: str, position: int, side: int = SIDE) -> bytes | None:
@@ -127,7 +138,10 @@ def describe(experiment: Experiment, example: Any, name: int | str) -> str:
 
 def label_name(experiment: Experiment, example: Any) -> str:
     """The class of an example by its name, its target as a number, or nothing."""
-    target = example[-1] if isinstance(example, (tuple, list)) and len(example) > 1 else None
+    try:
+        target = split_batch(example)[2]
+    except UpweightError:  # no pair, and no dict with targets
+        return ""
     if not isinstance(target, Tensor) or target.numel() != 1:
         return ""
     value = target.item()
@@ -332,6 +346,21 @@ def _data_limits(experiment: Experiment) -> tuple[np.ndarray, np.ndarray] | None
     if not arrays or len({array.shape[1] for array in arrays}) != 1:
         return None
     return _limits(np.concatenate(arrays)[:, None])
+
+
+def drawn_in_ink(looks: Sequence[Shown]) -> bool:
+    """Whether the pictures are small bright strokes on black, as of digits: a light page shows them dark on light."""
+    from PIL.Image import open as opened
+
+    pngs = [look.picture for look in looks if look.picture is not None and max(look.size) <= TINY][:64]
+    borders = []
+    for png in pngs:
+        picture = opened(io.BytesIO(png))
+        if picture.mode != "L":
+            return False
+        pixels = np.asarray(picture)
+        borders.append(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).mean())
+    return len(pngs) > 0 and float(np.median(borders)) < 40
 
 
 def _png(picture: Picture, side: int) -> bytes | None:
