@@ -30,8 +30,8 @@ from torch import nn
 import upweight as uw
 from upweight.attributors.baselines.confident_learning import _out_of_fold
 from upweight.repair.evidence import Evidence, Options
-from upweight.repair.posterior import expected_precision_cut
 from upweight.repair.suspicion import suspicion
+from upweight.repair.thresholds import expected_precision_cut
 
 KEPT = (1, 2, 3, 5, 7, 10, 14, 20)
 EARLY, EL2N_UP_TO = 7, 3

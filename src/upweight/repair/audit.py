@@ -16,8 +16,8 @@ from upweight.fingerprint import model_fingerprint
 from upweight.repair.duplicates import near_duplicates
 from upweight.repair.evidence import Evidence, Options
 from upweight.repair.issue_table import COLUMNS, KINDS, IssueTable, check_kind
-from upweight.repair.posterior import discoveries, expected_precision_cut, pooled_posterior, tail
 from upweight.repair.suspicion import DETECTORS, choose, suspicion
+from upweight.repair.thresholds import discoveries, expected_precision_cut, pooled_posterior, tail
 from upweight.repair.validation_effect import ValidationEffect
 from upweight.task import Task
 
@@ -60,7 +60,7 @@ def audit(
     Each kind of issue gives every training example a score from 0 (worst) to 1:
 
     * "label": 1 less the chance that the label is wrong. A *detector* ranks the labels, the threshold comes from
-      out-of-sample probabilities (see `upweight.repair.posterior`): among those flagged, at least the share
+      out-of-sample probabilities (see `upweight.repair.class_posterior`): among those flagged, at least the share
       ``precision`` is expected to be wrong. Each gets a suggested label, by the same probabilities.
     * "near_duplicate": distance to the nearest neighbour in the network's embeddings, over the median one.
     * "outlier": chance that an example of the bulk lies so far from its neighbours.
@@ -146,9 +146,9 @@ def audit(
         memory,
         progress,
     )
-    evidence = Evidence(model, task, examples, options)
     held_out = None if validation is None else Examples(validation)
-    work = _Audit(evidence, held_out, detector, precision)
+    evidence = Evidence(model, task, examples, options, held_out)
+    work = _Audit(evidence, detector, precision)
     found, facts, left_out = [], {}, {}
     for kind in kinds or KINDS:
         try:
@@ -186,10 +186,8 @@ Rows = dict[str, np.ndarray]
 class _Audit:
     """One method a kind of issue: its rows, and how they were found."""
 
-    def __init__(
-        self, evidence: Evidence, validation: Examples | None, detector: str, precision: float
-    ) -> None:
-        self.evidence, self.validation, self.precision = evidence, validation, precision
+    def __init__(self, evidence: Evidence, detector: str, precision: float) -> None:
+        self.evidence, self.validation, self.precision = evidence, evidence.validation, precision
         self.detector = detector
         self._effect: ValidationEffect | None = None
         self._labels: tuple[Rows, dict[str, Any]] | None = None
