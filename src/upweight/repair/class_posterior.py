@@ -63,7 +63,7 @@ def class_posterior(
         >>> bool(found.wrong[0] > 0.8), int(found.suggested[0]), bool(found.wrong[1:].max() < 0.05)
         (True, 0, True)
     """
-    n, classes = probabilities.shape
+    n = len(probabilities)
     logs = np.log(np.clip(probabilities, 1e-6, None))
     every = np.arange(n)
     facts: dict[str, float | str | int]
