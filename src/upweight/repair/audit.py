@@ -14,7 +14,7 @@ from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.fingerprint import model_fingerprint
 from upweight.repair.duplicates import near_duplicates
-from upweight.repair.evidence import Evidence, Options
+from upweight.repair.evidence import Evidence, Options, UnavailableError
 from upweight.repair.issue_table import COLUMNS, KINDS, IssueTable, check_kind
 from upweight.repair.suspicion import DETECTORS, choose, suspicion
 from upweight.repair.thresholds import discoveries, expected_precision_cut, pooled_posterior, tail
@@ -153,16 +153,14 @@ def audit(
     for kind in kinds or KINDS:
         try:
             rows, info = getattr(work, kind)()
-        except UpweightError as error:
+        except UnavailableError as error:
             if kinds is not None:
                 raise
             left_out[kind] = str(error)
             continue
         found.append(_columns(kind, rows, evidence))
         facts[kind] = {**info, "flagged": int(rows["is_issue"].sum())}
-    columns = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS} if found else None
-    if columns is None:
-        raise UpweightError(f"no kind of issue can be looked for: {next(iter(left_out.values()))}")
+    columns = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS}
     settings = {
         "task": task.name,
         "n": examples.n,
@@ -231,7 +229,7 @@ class _Audit:
     def outlier(self) -> tuple[Rows, dict[str, Any]]:
         neighbours = self.evidence.neighbours
         if neighbours is None:
-            raise UpweightError("a single example has no neighbours to be far from -> more examples")
+            raise UnavailableError("a single example has no neighbours to be far from -> more examples")
         distance = neighbours.distance
         # Rounding makes distances below about 1e-7 noise; identical examples are no outliers.
         rows = self._unusual(np.log(distance + 1e-7), -distance)
@@ -240,7 +238,9 @@ class _Audit:
 
     def harmful(self) -> tuple[Rows, dict[str, Any]]:
         if self.validation is None:
-            raise UpweightError("harm shows on validation data, of which there is none -> validation=(x, y)")
+            raise UnavailableError(
+                "harm shows on validation data, of which there is none -> validation=(x, y)"
+            )
         effect, task = self._validation_effect(), self.evidence.task
         # The gain of removal: positive where the measurement becomes better.
         gain = -task.orientation * effect.removal()
@@ -315,7 +315,7 @@ def _columns(kind: str, rows: Rows, evidence: Evidence) -> dict[str, Any]:
     if "predicted_label" in rows:
         predicted = _objects(labels.listed(rows["predicted_label"]))
     elif labels.kind != "none" and (related >= 0).any():
-        predicted = np.where(related >= 0, given[related], None)
+        predicted = np.where(related >= 0, given[related], nothing)
     columns = {
         "id": _objects([ids[i] for i in range(n)]),
         "position": np.arange(n),

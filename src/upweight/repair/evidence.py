@@ -35,6 +35,10 @@ OUT_OF_SAMPLE = ("given probabilities", "out-of-fold models", "neighbours' votes
 """Sources of probabilities that did not see the label they judge."""
 
 
+class UnavailableError(UpweightError):
+    """The model or the data have no such evidence: kinds of issue that need it are left out, if not asked for."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user gave besides model, task and data; see `audit`."""
@@ -86,7 +90,12 @@ class Evidence:
         shape = task.output_shape(model, self.forward.move(examples.take([0])))
         outputs = shape[-1] if shape else 1
         self.labels: Labels = read_labels(task, examples, outputs)
-        self.trusted = None if validation is None else read_labels(task, validation, outputs)
+        # Examples that the model or the task refuse are refused here, before anything is left out for want of them.
+        self.losses = as_numbers(self.forward.over(examples, task.train_loss, "loss"))
+        self.trusted = None
+        if validation is not None:
+            self.forward.check(validation)
+            self.trusted = read_labels(task, validation, outputs)
 
     @cached_property
     def influence(self) -> Influence:
@@ -118,7 +127,10 @@ class Evidence:
 
     @cached_property
     def _embedding(self) -> EmbeddingSimilarity:
-        return EmbeddingSimilarity(self.model, self.task, **self.options.shared).fit(self.examples)
+        try:
+            return EmbeddingSimilarity(self.model, self.task, **self.options.shared).fit(self.examples)
+        except UpweightError as error:  # no linear layer, or no room for what it sees
+            raise UnavailableError(f"no embeddings: {error}") from error
 
     @property
     def features(self) -> Tensor:
@@ -154,7 +166,7 @@ class Evidence:
         """The neighbours' votes, [n, class]; None where there are no neighbours."""
         try:
             neighbours = self.neighbours
-        except UpweightError:  # no linear layer, or no room for its inputs
+        except UnavailableError:
             return None
         return None if neighbours is None else votes(neighbours, self.labels.values, self.labels.classes)
 

@@ -65,7 +65,7 @@ def votes(neighbours: Neighbours, labels: np.ndarray, classes: int) -> np.ndarra
     Example:
         >>> found = Neighbours(np.array([[1, 2], [0, 2], [0, 1]]), np.ones((3, 2)))
         >>> votes(found, np.array([0, 0, 1]), 2).round(2).tolist()
-        [[0.56, 0.44], [0.56, 0.44], [0.89, 0.11]]
+        [[0.54, 0.46], [0.54, 0.46], [0.88, 0.12]]
     """
     rows, k = neighbours.positions.shape
     counts = np.zeros((rows, classes))
