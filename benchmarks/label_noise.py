@@ -30,8 +30,8 @@ from torch import nn
 import upweight as uw
 from upweight.attributors.baselines.confident_learning import _out_of_fold
 from upweight.repair.evidence import Evidence, Options
-from upweight.repair.posterior import expected_precision_cut
 from upweight.repair.suspicion import suspicion
+from upweight.repair.thresholds import expected_precision_cut
 
 KEPT = (1, 2, 3, 5, 7, 10, 14, 20)
 EARLY, EL2N_UP_TO = 7, 3
@@ -196,12 +196,14 @@ def table(found: dict[str, dict[str, Any]], wrong: np.ndarray) -> list[dict[str,
 
 
 def thresholds(
-    found: dict[str, dict[str, Any]], images: Noisy, run: Run, probabilities: np.ndarray
+    found: dict[str, dict[str, Any]], images: Noisy, run: Run, probabilities: np.ndarray | None
 ) -> list[dict[str, Any]]:
     """What the wanted precision of `audit` becomes in reality, by the evidence that it is calibrated with."""
     examples, wrong = uw.Examples((images.x, images.given)), images.wrong.numpy()
     rows = []
     for source, options in (("neighbours", {}), ("out-of-fold", {"probabilities": probabilities})):
+        if source == "out-of-fold" and probabilities is None:
+            continue
         evidence = Evidence(run[0], TASK, examples, Options(progress=False, **options))
         posterior = evidence.posterior
         assert posterior is not None
@@ -275,7 +277,10 @@ def main() -> None:
     for noise in arguments.noise:
         images = data(SETTINGS[noise][0], arguments.n)
         run = trained(noise, images, arguments.seed, arguments.bank)
-        probabilities, fold_seconds = out_of_fold(noise, images, arguments.seed, arguments.bank)
+        folds = not {"confident learning", "combined (mean rank)"} <= set(arguments.skip)
+        probabilities, fold_seconds = (
+            out_of_fold(noise, images, arguments.seed, arguments.bank) if folds else (None, 0.0)
+        )
         folder = arguments.bank / f"scores-{noise}-{arguments.n}-{arguments.seed}"
         found = scored(noise, images, run, probabilities, folder, arguments.only, arguments.skip)
         for name in ("confident learning", "combined (mean rank)"):

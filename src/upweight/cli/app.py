@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from upweight.cli import attribute, demo, evaluate, explore, init, report
+from upweight.cli import attribute, audit, demo, evaluate, explore, init, report
 from upweight.errors import UpweightError
 
 HELP = """Which training examples made a PyTorch model predict this, and how far may I trust that answer?
@@ -48,6 +48,7 @@ def _upweight(
 for _command, _short in (
     (demo, "Train on real images, explain predictions, find flipped labels, and prove it."),
     (attribute, "Which training examples made the model predict this?"),
+    (audit, "What is wrong with the training data? Label errors, duplicates, outliers, harmful examples."),
     (evaluate, "Is the answer right? Methods and baselines against models that are really retrained."),
     (explore, "Look at scores, and decide about suspected labels, in a local web page."),
     (report, "One page of everything a run has found."),

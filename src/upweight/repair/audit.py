@@ -14,10 +14,10 @@ from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.fingerprint import model_fingerprint
 from upweight.repair.duplicates import near_duplicates
-from upweight.repair.evidence import Evidence, Options
+from upweight.repair.evidence import Evidence, Options, UnavailableError
 from upweight.repair.issue_table import COLUMNS, KINDS, IssueTable, check_kind
-from upweight.repair.posterior import discoveries, expected_precision_cut, pooled_posterior, tail
 from upweight.repair.suspicion import DETECTORS, choose, suspicion
+from upweight.repair.thresholds import discoveries, expected_precision_cut, pooled_posterior, tail
 from upweight.repair.validation_effect import ValidationEffect
 from upweight.task import Task
 
@@ -60,7 +60,7 @@ def audit(
     Each kind of issue gives every training example a score from 0 (worst) to 1:
 
     * "label": 1 less the chance that the label is wrong. A *detector* ranks the labels, the threshold comes from
-      out-of-sample probabilities (see `upweight.repair.posterior`): among those flagged, at least the share
+      out-of-sample probabilities (see `upweight.repair.class_posterior`): among those flagged, at least the share
       ``precision`` is expected to be wrong. Each gets a suggested label, by the same probabilities.
     * "near_duplicate": distance to the nearest neighbour in the network's embeddings, over the median one.
     * "outlier": chance that an example of the bulk lies so far from its neighbours.
@@ -146,23 +146,21 @@ def audit(
         memory,
         progress,
     )
-    evidence = Evidence(model, task, examples, options)
     held_out = None if validation is None else Examples(validation)
-    work = _Audit(evidence, held_out, detector, precision)
+    evidence = Evidence(model, task, examples, options, held_out)
+    work = _Audit(evidence, detector, precision)
     found, facts, left_out = [], {}, {}
     for kind in kinds or KINDS:
         try:
             rows, info = getattr(work, kind)()
-        except UpweightError as error:
+        except UnavailableError as error:
             if kinds is not None:
                 raise
             left_out[kind] = str(error)
             continue
         found.append(_columns(kind, rows, evidence))
         facts[kind] = {**info, "flagged": int(rows["is_issue"].sum())}
-    columns = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS} if found else None
-    if columns is None:
-        raise UpweightError(f"no kind of issue can be looked for: {next(iter(left_out.values()))}")
+    columns = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS}
     settings = {
         "task": task.name,
         "n": examples.n,
@@ -186,10 +184,8 @@ Rows = dict[str, np.ndarray]
 class _Audit:
     """One method a kind of issue: its rows, and how they were found."""
 
-    def __init__(
-        self, evidence: Evidence, validation: Examples | None, detector: str, precision: float
-    ) -> None:
-        self.evidence, self.validation, self.precision = evidence, validation, precision
+    def __init__(self, evidence: Evidence, detector: str, precision: float) -> None:
+        self.evidence, self.validation, self.precision = evidence, evidence.validation, precision
         self.detector = detector
         self._effect: ValidationEffect | None = None
         self._labels: tuple[Rows, dict[str, Any]] | None = None
@@ -233,7 +229,7 @@ class _Audit:
     def outlier(self) -> tuple[Rows, dict[str, Any]]:
         neighbours = self.evidence.neighbours
         if neighbours is None:
-            raise UpweightError("a single example has no neighbours to be far from -> more examples")
+            raise UnavailableError("a single example has no neighbours to be far from -> more examples")
         distance = neighbours.distance
         # Rounding makes distances below about 1e-7 noise; identical examples are no outliers.
         rows = self._unusual(np.log(distance + 1e-7), -distance)
@@ -242,7 +238,9 @@ class _Audit:
 
     def harmful(self) -> tuple[Rows, dict[str, Any]]:
         if self.validation is None:
-            raise UpweightError("harm shows on validation data, of which there is none -> validation=(x, y)")
+            raise UnavailableError(
+                "harm shows on validation data, of which there is none -> validation=(x, y)"
+            )
         effect, task = self._validation_effect(), self.evidence.task
         # The gain of removal: positive where the measurement becomes better.
         gain = -task.orientation * effect.removal()
@@ -317,7 +315,7 @@ def _columns(kind: str, rows: Rows, evidence: Evidence) -> dict[str, Any]:
     if "predicted_label" in rows:
         predicted = _objects(labels.listed(rows["predicted_label"]))
     elif labels.kind != "none" and (related >= 0).any():
-        predicted = np.where(related >= 0, given[related], None)
+        predicted = np.where(related >= 0, given[related], nothing)
     columns = {
         "id": _objects([ids[i] for i in range(n)]),
         "position": np.arange(n),

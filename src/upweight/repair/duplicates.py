@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,8 +67,8 @@ def near_duplicates(evidence: Evidence) -> tuple[dict[str, np.ndarray], dict[str
     return rows, info
 
 
-def gradient_cosines(evidence: Evidence, left: Sequence[int], right: Sequence[int]) -> np.ndarray:
-    """Cosines of the training gradients of pairs of examples, [pair]; 1 where both vanish, 0 where one does."""
+def gradient_cosines(evidence: Evidence, left: Any, right: Any) -> np.ndarray:
+    """Cosines of the training gradients of pairs of examples, by positions, [pair]; 1 if both vanish, 0 if one does."""
     examples = evidence.examples
     tracker = Tracker(evidence.model, evidence.task, examples)
     found = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,21 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from upweight._random import preserved, reseed
 from upweight.attributors.base import Attributor
-from upweight.attributors.baselines.confident_learning import _check, _out_of_fold
+from upweight.attributors.baselines.confident_learning import _check, _predict
 from upweight.attributors.baselines.embedding import EmbeddingSimilarity
 from upweight.attributors.baselines.forward import Forward
 from upweight.attributors.influence import Influence
 from upweight.data import Examples
 from upweight.errors import UpweightError
+from upweight.repair.class_posterior import Reference, class_posterior
 from upweight.repair.labels import Labels, read_labels
 from upweight.repair.neighbours import Neighbours, nearest, votes
-from upweight.repair.posterior import (
-    FEWEST,
-    Posterior,
-    class_posterior,
-    residual_posterior,
-)
+from upweight.repair.posterior import Posterior, residual_posterior
+from upweight.repair.thresholds import FEWEST
 from upweight.task import Task
 from upweight.task.outputs import OutputTask
 
@@ -35,6 +33,10 @@ if TYPE_CHECKING:
 
 OUT_OF_SAMPLE = ("given probabilities", "out-of-fold models", "neighbours' votes")
 """Sources of probabilities that did not see the label they judge."""
+
+
+class UnavailableError(UpweightError):
+    """The model or the data have no such evidence: kinds of issue that need it are left out, if not asked for."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,32 @@ class Evidence:
         task: its task.
         examples: the training data.
         options: see `audit`.
+        validation: examples whose labels are trusted.
     """
 
-    def __init__(self, model: nn.Module, task: Task, examples: Examples, options: Options) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        examples: Examples,
+        options: Options,
+        validation: Examples | None = None,
+    ) -> None:
         self.model, self.task, self.examples, self.options = model, task, examples, options
+        self.validation = validation
         plain = Attributor(
             model, task, None, options.memory, options.batch_size, None, options.progress
         )  # for its options
         self.forward = Forward(plain, model, examples)
         shape = task.output_shape(model, self.forward.move(examples.take([0])))
-        self.labels: Labels = read_labels(task, examples, shape[-1] if shape else 1)
+        outputs = shape[-1] if shape else 1
+        self.labels: Labels = read_labels(task, examples, outputs)
+        # Examples that the model or the task refuse are refused here, before anything is left out for want of them.
+        self.losses = as_numbers(self.forward.over(examples, task.train_loss, "loss"))
+        self.trusted = None
+        if validation is not None:
+            self.forward.check(validation)
+            self.trusted = read_labels(task, validation, outputs)
 
     @cached_property
     def influence(self) -> Influence:
@@ -108,9 +126,16 @@ class Evidence:
         return as_numbers(self.forward.over(self.examples, flat, "outputs")).reshape(self.examples.n, -1)
 
     @cached_property
+    def _embedding(self) -> EmbeddingSimilarity:
+        try:
+            return EmbeddingSimilarity(self.model, self.task, **self.options.shared).fit(self.examples)
+        except UpweightError as error:  # no linear layer, or no room for what it sees
+            raise UnavailableError(f"no embeddings: {error}") from error
+
+    @property
     def features(self) -> Tensor:
         """Embeddings [n, d] of length 1: what the last linear layer sees."""
-        return EmbeddingSimilarity(self.model, self.task, **self.options.shared).fit(self.examples)._features
+        return self._embedding._features
 
     @cached_property
     def neighbours(self) -> Neighbours | None:
@@ -128,26 +153,62 @@ class Evidence:
             check_probabilities(found, labels, self.examples)
             return found, OUT_OF_SAMPLE[0]
         if options.train_fn is not None:
-            found = _out_of_fold(
-                self.examples,
-                self.task,
-                labels.values,
-                options.train_fn,
-                options.folds,
-                options.seed,
-                options.progress,
-            )
-            return found, OUT_OF_SAMPLE[1]
-        try:
-            neighbours = self.neighbours
-        except UpweightError:  # no linear layer, or no room for its inputs
-            neighbours = None
-        if neighbours is not None:
-            return votes(neighbours, labels.values, labels.classes), OUT_OF_SAMPLE[2]
+            return self._out_of_fold[0], OUT_OF_SAMPLE[1]
+        if self.votes is not None:
+            return self.votes, OUT_OF_SAMPLE[2]
         logits = self.outputs
         logits = np.concatenate([np.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
         powers = np.exp(logits - logits.max(1, keepdims=True))
         return powers / powers.sum(1, keepdims=True), "the model itself, which was trained on these labels"
+
+    @cached_property
+    def votes(self) -> np.ndarray | None:
+        """The neighbours' votes, [n, class]; None where there are no neighbours."""
+        try:
+            neighbours = self.neighbours
+        except UnavailableError:
+            return None
+        return None if neighbours is None else votes(neighbours, self.labels.values, self.labels.classes)
+
+    @cached_property
+    def reference(self) -> Reference | None:
+        """Probabilities of the validation examples from the same source, and their labels; None if not to be had."""
+        if self.validation is None or self.trusted is None or self.trusted.kind != "classes":
+            return None
+        source = self.probabilities[1]
+        if source == OUT_OF_SAMPLE[1]:
+            parts = self._out_of_fold[1]
+            return np.concatenate(parts), np.tile(self.trusted.values, len(parts))
+        if source != OUT_OF_SAMPLE[2]:
+            return None
+        method = self._embedding
+        assert method._forward is not None
+        theirs = nearest(
+            self.features, self.options.neighbours, method._collect(self.validation, method._forward)
+        )
+        assert theirs is not None
+        return votes(theirs, self.labels.values, self.labels.classes), self.trusted.values
+
+    @cached_property
+    def _out_of_fold(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Probabilities [n, class], each by a model that did not see the example, and each model's for validation."""
+        options, examples = self.options, self.examples
+        assert options.train_fn is not None
+        found = np.zeros((examples.n, self.labels.classes))
+        held_out: list[np.ndarray] = []
+        for learned, rest in folds(self.labels.values, options.folds, options.seed):
+            with preserved():
+                reseed(options.seed)
+                model = options.train_fn(learned, options.seed)
+            if not isinstance(model, nn.Module):
+                raise UpweightError(
+                    f"train_fn returned {type(model).__name__}, expected a model -> return it"
+                )
+            model = model.eval()
+            found[rest] = _predict(model, self.task, examples.take(rest.tolist()), options.progress)
+            if self.validation is not None:
+                held_out.append(_predict(model, self.task, self.validation, options.progress))
+        return found, held_out
 
     @cached_property
     def posterior(self) -> Posterior | None:
@@ -164,7 +225,24 @@ class Evidence:
             p = probabilities[np.arange(len(nobody)), probabilities.argmax(1)]
             info = {"calibration": f"none: {self.examples.n} examples are fewer than {FEWEST}"}
             return _with(Posterior(nobody, probabilities.argmax(1), p, info), suggestion=source)
-        return _with(class_posterior(probabilities, self.labels.values), suggestion=source)
+        return _with(class_posterior(probabilities, self.labels.values, self.reference), suggestion=source)
+
+
+def folds(given: np.ndarray, count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(positions to learn from, positions to judge), with every class in every part.
+
+    Raises:
+        UpweightError: the rarest class has fewer examples than there are to be folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    rarest = int(np.bincount(given)[np.unique(given)].min())
+    if not (isinstance(count, int) and 2 <= count <= rarest):
+        raise UpweightError(
+            f"folds={count}, expected 2 to {rarest}, the size of the rarest class, so that every fold learns every "
+            "class -> fewer folds, or drop the class"
+        )
+    yield from StratifiedKFold(count, shuffle=True, random_state=seed).split(np.zeros(len(given)), given)
 
 
 def check_probabilities(found: np.ndarray, labels: Labels, examples: Examples) -> None:

@@ -29,7 +29,10 @@ def write(table: IssueTable, folder: str | os.PathLike[str]) -> Path:
     path = _file(folder)
     with refusing(path.parent, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {name: [_short(v) for v in table.columns[name].tolist()] for name in COLUMNS}
+    columns = {
+        name: [_short(value, dtype is np.float64) for value in table.columns[name].tolist()]
+        for name, dtype in COLUMNS.items()
+    }
     text = json.dumps(columns)
     content = {
         "upweight": upweight.__version__,
@@ -85,11 +88,11 @@ def _file(folder: str | os.PathLike[str]) -> Path:
     return path if path.suffix == ".json" else path / NAME
 
 
-def _short(value: Any) -> Any:
-    """Missing as null, and numbers no longer than they are known."""
+def _short(value: Any, estimated: bool) -> Any:
+    """Missing as null, and estimates with no more digits than anybody knows; labels keep all of theirs."""
     if value is None or value != value:
         return None
-    return float(f"{value:.7g}") if isinstance(value, (float, np.floating)) else value
+    return float(f"{value:.7g}") if estimated else value
 
 
 def _damaged(path: Path, why: str) -> StoreError:

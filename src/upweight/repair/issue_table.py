@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -215,8 +217,6 @@ class IssueTable:
 
     def to_csv(self, path: str | os.PathLike[str]) -> Path:
         """Write the rows as CSV (UTF-8, missing values empty), replacing an older file only when complete."""
-        import io
-
         path = _ready_for_writing(path)
         text = io.StringIO(newline="")
         writer = csv.writer(text)
@@ -235,7 +235,7 @@ class IssueTable:
             ImportError: pandas or pyarrow is missing.
         """
         try:
-            import pyarrow  # noqa: F401
+            importlib.import_module("pyarrow")
         except ImportError as error:
             raise ImportError("to_parquet needs pyarrow -> pip install 'upweight[report]'") from error
         table = self.to_pandas()

@@ -29,23 +29,30 @@ class Neighbours:
         return np.maximum(1 - self.cosines.mean(1), 0)
 
 
-def nearest(features: Tensor, count: int) -> Neighbours | None:
+def nearest(features: Tensor, count: int, others: Tensor | None = None) -> Neighbours | None:
     """Neighbours by the cosine of features [n, d] of length 1; None where there is nobody else.
+
+    Args:
+        features: of the examples to choose from.
+        count: how many of them.
+        others: whose neighbours are wanted; those of the examples themselves if None, each without itself.
 
     Example:
         >>> nearest(torch.eye(2)[[0, 0, 1]], 1).positions.tolist()
         [[1], [0], [0]]
     """
-    n = len(features)
-    count = min(count, n - 1)
+    n, own = len(features), others is None
+    count = min(count, n - 1 if own else n)
     if count < 1:
         return None
+    others = features if others is None else others
     block = max(1, BLOCK_BYTES // (8 * n))
     positions, cosines = [], []
-    for start in range(0, n, block):
-        products = features[start : start + block] @ features.T
-        rows = torch.arange(len(products))
-        products[rows, rows + start] = -torch.inf
+    for start in range(0, len(others), block):
+        products = others[start : start + block] @ features.T
+        if own:
+            rows = torch.arange(len(products))
+            products[rows, rows + start] = -torch.inf
         best = products.topk(count, dim=1)
         positions.append(best.indices)
         cosines.append(best.values.double().clamp(-1, 1))
@@ -58,10 +65,10 @@ def votes(neighbours: Neighbours, labels: np.ndarray, classes: int) -> np.ndarra
     Example:
         >>> found = Neighbours(np.array([[1, 2], [0, 2], [0, 1]]), np.ones((3, 2)))
         >>> votes(found, np.array([0, 0, 1]), 2).round(2).tolist()
-        [[0.56, 0.44], [0.56, 0.44], [0.89, 0.11]]
+        [[0.54, 0.46], [0.54, 0.46], [0.88, 0.12]]
     """
-    n, k = neighbours.positions.shape
-    counts = np.zeros((n, classes))
-    np.add.at(counts, (np.arange(n)[:, None], labels[neighbours.positions]), 1.0)
-    prior = (np.bincount(labels, minlength=classes) + 1 / classes) / (n + 1)
+    rows, k = neighbours.positions.shape
+    counts = np.zeros((rows, classes))
+    np.add.at(counts, (np.arange(rows)[:, None], labels[neighbours.positions]), 1.0)
+    prior = (np.bincount(labels, minlength=classes) + 1 / classes) / (len(labels) + 1)
     return (counts + prior) / (k + 1)

@@ -9,7 +9,6 @@ from scipy.stats import rankdata
 
 from upweight.attributors.baselines.aum import AUM
 from upweight.attributors.baselines.el2n import EL2N
-from upweight.attributors.baselines.loss import Loss
 from upweight.attributors.baselines.margin import Margin
 from upweight.attributors.tracin import TracIn
 from upweight.errors import UpweightError
@@ -42,14 +41,11 @@ def choose(evidence: Evidence) -> str:
         return "aum"
     if options.probabilities is not None or options.train_fn is not None:
         return "confident_learning"
-    try:
-        return "knn" if evidence.neighbours is not None else "loss"
-    except UpweightError:
-        return "loss"
+    return "knn" if evidence.votes is not None else "loss"
 
 
 def _loss(evidence: Evidence) -> np.ndarray:
-    return _own(Loss(evidence.model, evidence.task, **evidence.options.shared), evidence)
+    return evidence.losses
 
 
 def _margin(evidence: Evidence) -> np.ndarray:
@@ -147,7 +143,7 @@ DETECTORS: dict[str, Callable[[Evidence], np.ndarray]] = {
 }
 
 
-def _own(method: Loss | Margin | AUM | EL2N | TracIn, evidence: Evidence) -> np.ndarray:
+def _own(method: Margin | AUM | EL2N | TracIn, evidence: Evidence) -> np.ndarray:
     return as_numbers(method.fit(evidence.examples).self_influence().values)
 
 
