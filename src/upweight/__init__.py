@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from upweight.evaluate import RetrainingBank, label_noise, lds, leave_one_out, removal_curve
     from upweight.experiment import Experiment
     from upweight.integrations.sklearn import SklearnModel, from_sklearn
+    from upweight.repair.amend import amend, relabel, reweight, unlearn
+    from upweight.repair.result import Repair
+    from upweight.repair.verify import Verification, verify
     from upweight.scores import Ranking, Scores, SelfInfluence
     from upweight.task import BinaryClassification, Classification, Regression, Task
     from upweight.testing import check_attributor
@@ -62,6 +65,7 @@ _LAZY = {
     "Random": "upweight.attributors.baselines.random_scores",
     "Ranking": "upweight.scores",
     "Regression": "upweight.task",
+    "Repair": "upweight.repair.result",
     "Representer": "upweight.attributors.representer",
     "RetrainingBank": "upweight.evaluate",
     "Scores": "upweight.scores",
@@ -71,6 +75,8 @@ _LAZY = {
     "Task": "upweight.task",
     "TracIn": "upweight.attributors.tracin",
     "UpweightError": "upweight.errors",
+    "Verification": "upweight.repair.verify",
+    "amend": "upweight.repair.amend",
     "check_attributor": "upweight.testing",
     "confident_learning": "upweight.attributors.baselines.confident_learning",
     "damping_curve": "upweight.attributors.damping_curve",
@@ -78,7 +84,11 @@ _LAZY = {
     "label_noise": "upweight.evaluate",
     "lds": "upweight.evaluate",
     "leave_one_out": "upweight.evaluate",
+    "relabel": "upweight.repair.amend",
     "removal_curve": "upweight.evaluate",
+    "reweight": "upweight.repair.amend",
+    "unlearn": "upweight.repair.amend",
+    "verify": "upweight.repair.verify",
 }
 
 __all__ = [
@@ -105,6 +115,7 @@ __all__ = [
     "Random",
     "Ranking",
     "Regression",
+    "Repair",
     "Representer",
     "RetrainingBank",
     "Scores",
@@ -114,7 +125,9 @@ __all__ = [
     "Task",
     "TracIn",
     "UpweightError",
+    "Verification",
     "__version__",
+    "amend",
     "check_attributor",
     "confident_learning",
     "damping_curve",
@@ -122,7 +135,11 @@ __all__ = [
     "label_noise",
     "lds",
     "leave_one_out",
+    "relabel",
     "removal_curve",
+    "reweight",
+    "unlearn",
+    "verify",
 ]
 
 
