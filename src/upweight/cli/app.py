@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from upweight.cli import attribute, demo, evaluate
+from upweight.cli import attribute, demo, evaluate, repair
 from upweight.errors import UpweightError
 
 HELP = """Which training examples made a PyTorch model predict this, and how far may I trust that answer?
@@ -48,6 +48,7 @@ for _command, _short in (
     (demo, "Train on real images, explain predictions, find flipped labels, and prove it."),
     (attribute, "Which training examples made the model predict this?"),
     (evaluate, "Is the answer right? Methods and baselines against models that are really retrained."),
+    (repair, "Take bad data out of the trained model, without training it again."),
 ):
     _name = _command.__name__.rpartition(".")[2]
     app.command(_name, help=_command.HELP, short_help=_short)(getattr(_command, _name))

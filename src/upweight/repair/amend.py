@@ -27,7 +27,7 @@ from upweight.gradients.layers import from_parameters
 from upweight.repair import steps
 from upweight.repair.change import Change, Weighted, changed, read_change, selected
 from upweight.repair.descent import Descent, change_gradient
-from upweight.repair.evidence import (
+from upweight.repair.measured import (
     MOST,
     Measured,
     certificate,
@@ -60,8 +60,8 @@ def unlearn(
 ) -> Repair:
     """A model that has forgotten these training examples, without training it again.
 
-    The parameters move by ``+(1/N) (H' + damping I)^-1 sum_removed g_i`` with the curvature H' of what stays (Newton), or
-    by another of the `Options` methods.
+    The parameters move by ``+(1/N) (H' + damping I)^-1 sum_removed g_i`` with the curvature H' of what stays
+    (Newton), or by another of the `Options` methods.
 
     Args:
         model: the trained model, in eval mode. It stays as it is.
@@ -78,11 +78,12 @@ def unlearn(
     Raises:
         UpweightError: what is wrong with the model, the data, the ids or the options, in one line.
 
-    Cost: the curvature's fit, one pass over the training data for the gradient and a few forward passes for the step size
+    Cost: the curvature's fit, one pass over the training data for the gradient and a few forward passes for the step
+        size
     and the evidence.
 
-    Fails when: the network is far from convex in the change (much is removed, or training was short): the trust ratio and
-    the residual gradient then say so, and `verify` says how far the result is from real retraining.
+    Fails when: the network is far from convex in the change (much is removed, or training was short): the trust
+    ratio and the residual gradient then say so, and `verify` says how far the result is from real retraining.
 
     Example:
         >>> import torch, upweight as uw
@@ -97,7 +98,8 @@ def unlearn(
         >>> bool((repair.model.weight - retrained).abs().max() < 1e-12)
         True
 
-    Source: "Certified Data Removal from Machine Learning Models" (arXiv 1911.03030), "Machine Unlearning of Features and
+    Source: "Certified Data Removal from Machine Learning Models" (arXiv 1911.03030), "Machine Unlearning of Features
+        and
     Labels" (arXiv 2108.11577).
     """
     return amend(model, task, train, remove=remove, validation=validation, test=test, **options)

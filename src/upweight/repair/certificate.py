@@ -1,7 +1,7 @@
-"""How far a linear model's repaired weights can be from the changed objective's minimum: a bound, and the noise it takes.
+"""How far a linear model's repaired weights can be from the changed objective's minimum, and the noise that hides it.
 
-With outputs ``z_i = W x_i``, per-example losses l(z_i, y_i) and an L2 regulariser, the gradient of the changed objective
-J' after a step U is, by Taylor's theorem with the remainder as an integral,
+With outputs ``z_i = W x_i``, per-example losses l(z_i, y_i) and an L2 regulariser, the gradient of the changed
+objective J' after a step U is, by Taylor's theorem with the remainder as an integral,
 
     grad J'(W + U) = grad J'(W) + H' U + (1/N) sum_i w_i e_i x_i^T,
     e_i = int_0^1 [l''(z_i + t d_i) - l''(z_i)] d_i dt,      d_i = U x_i.
@@ -10,18 +10,19 @@ Where ``|l''(z + d) - l''(z)| <= gamma |d|``, ``|e_i| <= (gamma/2) |d_i|^2``, an
 
     |grad J'(W + U)| <= |grad J'(W) + H' U| + (gamma / 2N) |X| sqrt(sum_i w_i |d_i|^4),
 
-with |X| the largest singular value of the rows ``sqrt(w_i) x_i``. The first term is what the linear system was solved to
-(damping included), the second what the objective bends. Constants: gamma is the largest third derivative of the loss in a
-unit direction (a symmetric trilinear form is largest on its diagonal, Banach),
+with |X| the largest singular value of the rows ``sqrt(w_i) x_i``. The first term is what the linear system was
+solved to (damping included), the second what the objective bends. Constants: gamma is the largest third derivative
+of the loss in a unit direction (a symmetric trilinear form is largest on its diagonal, Banach),
 
     regression 0;  logistic 1/(6 sqrt 3);  softmax sqrt(2)/(3 sqrt 3)
 
 the last as the third central moment of a variable of range r is at most ``r^3/(6 sqrt 3)``, and the logits' range is at
-most sqrt 2 along a unit direction. (The source has gamma = 1/4 for the logistic loss and no factor 1/2: both are looser.)
+most sqrt 2 along a unit direction. (The source has gamma = 1/4 for the logistic loss and no factor 1/2: both are
+looser.)
 
-A bound b on the gradient of the **sum** ``N J'`` certifies removal: if training added ``p . w`` to that sum, with p drawn
-from N(0, sigma^2 I) and ``sigma >= c b / epsilon``, then the weights of retraining and of the repair are (epsilon, delta)-
-indistinguishable for ``delta = 1.5 exp(-c^2 / 2)``, epsilon <= 1.
+A bound b on the gradient of the **sum** ``N J'`` certifies removal: if training added ``p . w`` to that sum, with p
+drawn from N(0, sigma^2 I) and ``sigma >= c b / epsilon``, then the weights of retraining and of the repair are
+(epsilon, delta)- indistinguishable for ``delta = 1.5 exp(-c^2 / 2)``, epsilon <= 1.
 
 Source: "Certified Data Removal from Machine Learning Models" (arXiv 1911.03030), theorems 1 and 3.
 """

@@ -1,8 +1,8 @@
 """The changed objective as a repair sees it, and how far to go along a step.
 
-A trained network is seldom at a minimum: ``r = grad J(theta)`` is what its training left undone. A repair should move it
-by the change alone, so that unless `finish` is asked for, the linear term ``(n/N) r . (theta - theta_0)`` is taken off the
-changed objective J'. Its gradient at the trained weights is then the change's own,
+A trained network is seldom at a minimum: ``r = grad J(theta)`` is what its training left undone. A repair should
+move it by the change alone, so that unless `finish` is asked for, the linear term ``(n/N) r . (theta - theta_0)`` is
+taken off the changed objective J'. Its gradient at the trained weights is then the change's own,
 
     -(1/N) [ sum_removed g_i + sum_relabelled (g_i - g~_i) + sum_reweighted (1 - w_i) g_i + (n - N) grad R ],
 
@@ -150,7 +150,7 @@ class Descent:
         return best
 
     def trust_ratio(self) -> float | None:
-        """Actual over predicted change of the tilted objective, over all steps; 1 where the quadratic model is right."""
+        """Actual over predicted change of the tilted objective over all steps: 1 where the quadratic model is right."""
         predicted = math.fsum(r["predicted"] for r in self.records)
         actual = math.fsum(r["actual"] for r in self.records)
         return actual / predicted if predicted else None

@@ -101,7 +101,7 @@ def _check(module: nn.Linear, seen: Tensor, outputs: Tensor, name: str) -> None:
 
 
 def is_linear(tracker: Tracker, task: Task) -> bool:
-    """Whether the tracked parameters are those of one linear layer whose outputs are the model's: a convex objective."""
+    """Whether the tracked parameters are those of one linear layer, the objective then being convex."""
     names = {name.rpartition(".")[0] for name in tracker.parameters}
     if len(names) != 1 or not isinstance(task, OutputTask):
         return False

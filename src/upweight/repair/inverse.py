@@ -1,7 +1,7 @@
 """``(H + damping I)^-1`` on vectors of parameters, with H the curvature of a whole objective, regulariser included.
 
-The objective is ``J = (1/N) sum_i w_i l_i + R`` over k rows of data. A curvature that is fitted is the mean over the rows,
-H_fit, so that with s = k / N
+The objective is ``J = (1/N) sum_i w_i l_i + R`` over k rows of data. A curvature that is fitted is the mean over the
+rows, H_fit, so that with s = k / N
 
     (s H_fit + l2 + damping)^-1 = (H_fit + (l2 + damping) / s)^-1 / s.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from upweight.attributors.exact import DIRECT_UP_TO, solve_evidence

@@ -1,7 +1,7 @@
 """The audit log: one line of JSON for every action, appended; each line holds the hash of the one before it.
 
-A line that is changed or taken out breaks the chain, which `read` notices. (Whoever rewrites the whole file does not: to
-prove more than that, keep the last hash elsewhere.)
+A line that is changed or taken out breaks the chain, which `read` notices. (Whoever rewrites the whole file does
+not: to prove more than that, keep the last hash elsewhere.)
 """
 
 from __future__ import annotations

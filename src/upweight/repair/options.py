@@ -105,7 +105,7 @@ def read_options(options: Mapping[str, Any]) -> Settings:
     found = Settings(**options)
     if found.method not in METHODS:
         raise UpweightError(f"method={found.method!r} is unknown -> use one of {list(METHODS)}")
-    kinds = [k for k in (*KINDS, *EXACT_KINDS)]
+    kinds = [*KINDS, *EXACT_KINDS]
     if found.curvature is not None and found.curvature not in kinds:
         raise UpweightError(f"curvature={found.curvature!r} is unknown -> use one of {kinds}")
     if found.convention not in CONVENTIONS:

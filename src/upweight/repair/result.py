@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from upweight._files import json_text, load_bundle, refusing, replace_file, save_bundle
-from upweight.errors import CacheMismatchError, StoreError, UpweightError
+from upweight._files import json_text, load_bundle, replace_file, save_bundle
+from upweight.errors import CacheMismatchError, StoreError
 from upweight.fingerprint import model_fingerprint
 from upweight.repair.certificate import Certificate
 from upweight.repair.change import Change
@@ -40,11 +38,12 @@ class Repair:
 
             * ``groups``: for ``"forgotten"``, ``"repaired"``, ``"reweighted"``, ``"retained"`` and, if given,
               ``"validation"`` and ``"test"``: the mean training loss before and after, its ``actual`` change, the
-              ``predicted`` one (from gradient and curvature of those losses before the repair) and ``first_order``; accuracy;
+              ``predicted`` one (from gradient and curvature of those losses before the repair) and ``first_order``;
+              accuracy;
             * ``objective``: predicted and actual change of the changed training objective, and their ``trust_ratio``
               (actual over predicted: 1 where the quadratic model is right);
-            * ``residual_gradient_norm`` of the changed objective ``before`` and ``after``, and what the training itself had
-              left (``training_left``);
+            * ``residual_gradient_norm`` of the changed objective ``before`` and ``after``, and what the training
+              itself had left (``training_left``);
             * ``certificate``: for linear models, the bound on that residual (`upweight.repair.certificate`), or None;
             * ``steps``, ``solver``, ``parameters``, ``buffers_kept``, ``seconds``, ``fingerprints``, ``versions``.
     """

@@ -22,7 +22,7 @@ from upweight.errors import StoreError, UpweightError
 from upweight.evaluate.bank import RetrainingBank
 from upweight.evaluate.subsets import Subsets
 from upweight.repair.change import Change, selected
-from upweight.repair.evidence import MOST, right
+from upweight.repair.measured import MOST, right
 from upweight.repair.log import append, read_json
 from upweight.repair.membership import membership_auroc
 from upweight.repair.result import LOG, Repair
@@ -41,16 +41,17 @@ class Verification:
 
     Attributes:
         parameter_distance: ``|theta - theta_r|`` over the tracked parameters, a mean over the retrained models:
-            {"before": doing nothing, "after": the repair, "seeds": between two retrained models, "relative": after / before}.
-        prediction_distance: the same for predictions on the test data: the mean total variation distance of the predicted
-            distributions (classification), else the mean absolute difference of outputs.
-        to_mean_prediction: the same against the retrained models' mean prediction, in which seeds' noise cancels; None with
-            one seed.
-        accuracy: {"test" | "retained" | "forgotten" | "repaired": {"before", "after", "retrained"}}; of losses for tasks
-            without classes.
+            {"before": doing nothing, "after": the repair, "seeds": between two retrained models, "relative": after /
+            before}.
+        prediction_distance: the same for predictions on the test data: the mean total variation distance of the
+            predicted distributions (classification), else the mean absolute difference of outputs.
+        to_mean_prediction: the same against the retrained models' mean prediction, in which seeds' noise cancels;
+            None with one seed.
+        accuracy: {"test" | "retained" | "forgotten" | "repaired": {"before", "after", "retrained"}}; of losses for
+            tasks without classes.
         loss: the same for the mean training loss.
-        membership: AUROC of the loss-threshold attack on the forgotten examples against the test data, {"before", "after",
-            "retrained"}; None where nothing was forgotten.
+        membership: AUROC of the loss-threshold attack on the forgotten examples against the test data, {"before",
+            "after", "retrained"}; None where nothing was forgotten.
         seconds: {"repair", "retraining" (one model), "ratio"}.
         seeds: of the retrained models.
         same_seed: the figures against the one retrained with the model's own seed, where that was told.
@@ -70,7 +71,7 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-able."""
-        return {key: value for key, value in self.__dict__.items()}
+        return dict(self.__dict__.items())
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``verify.json``, and append a line to the audit log ``log.jsonl``; returns the JSON file."""
@@ -87,7 +88,7 @@ class Verification:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Verification:
         """Read what `save` wrote."""
-        names = [name for name in cls.__dataclass_fields__]
+        names = list(cls.__dataclass_fields__)
         path = Path(folder).expanduser() / JSON
         content = read_json(path, names)
         if not isinstance(content["parameter_distance"], dict):
@@ -100,7 +101,8 @@ class Verification:
         words = f"Predictions are at {ratio:.2f} of the distance to retraining that doing nothing leaves"
         if "seeds" in self.prediction_distance:
             words += f" (two retrained models are at {self.prediction_distance['seeds_relative']:.2f} of it)"
-        return f"{words}, parameters at {self.parameter_distance['relative']:.2f}, in {self.seconds['ratio']:.1%} of the time."
+        parameters, share = self.parameter_distance["relative"], self.seconds["ratio"]
+        return f"{words}, parameters at {parameters:.2f}, in {share:.1%} of the time."
 
     def table(self) -> Table:
         """The figures for a terminal."""
@@ -168,13 +170,13 @@ def verify(
         model: the model before.
         task: its training loss.
         train: the training data before the change.
-        train_fn: ``(indices, seed) -> model``, as a `RetrainingBank` takes it; with ``labels={position: label}`` too if labels
-            were changed.
+        train_fn: ``(indices, seed) -> model``, as a `RetrainingBank` takes it; with ``labels={position: label}`` too
+            if labels were changed.
         test: data that was never trained on.
         folder: of the bank that keeps the retrained models; a second call trains nothing.
         seeds: of the retrained models, or how many.
-        trained_with: the seed that the model itself was trained with, if it is known: the model that is retrained with it
-            shares the training's noise, and is compared alone as well.
+        trained_with: the seed that the model itself was trained with, if it is known: the model that is retrained
+            with it shares the training's noise, and is compared alone as well.
         settings: whatever decides the training, as in `RetrainingBank`.
         n_jobs: models trained at a time, as in `RetrainingBank`.
         progress: show a progress bar.
@@ -192,12 +194,13 @@ def verify(
     change = repair.change
     if change.weights:
         raise UpweightError(
-            f"{len(change.weights)} examples have other weights than 0 and 1, which train_fn(indices, seed) cannot be told "
-            "-> verify removals and new labels"
+            f"{len(change.weights)} examples have other weights than 0 and 1, which train_fn(indices, seed) cannot be "
+            "told -> verify removals and new labels"
         )
     if change.n != examples.n:
         raise UpweightError(
-            f"the repair is of {change.n} training examples, and these are {examples.n} -> give the data it was made for"
+            f"the repair is of {change.n} training examples, and these are {examples.n} -> give the data it was made "
+            "for"
         )
     bank = RetrainingBank(
         folder,
@@ -218,7 +221,13 @@ def verify(
         raise UpweightError(
             f"retraining with seed {seed} failed: {error} -> repair train_fn, and use a new folder"
         )
-    retrained = {seed: bank.model(0, seed) for seed in bank.seeds}
+    try:
+        retrained = {seed: bank.model(0, seed) for seed in bank.seeds}
+    except RuntimeError as error:
+        words = " ".join(str(error).split())[:150]
+        raise UpweightError(
+            f"train_fn's models are of another architecture than the repaired one ({words}) -> train the same"
+        ) from error
     views = _Views(task, examples, held, change)
     before, after = views.of(model), views.of(repair.model)
     theirs = {seed: views.of(one) for seed, one in retrained.items()}
@@ -426,10 +435,6 @@ def _membership(before: _View, after: _View, theirs: Sequence[_View]) -> dict[st
 
 
 def _euclidean(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
-        raise UpweightError(
-            f"train_fn's model has {len(b):,} parameters, the repaired one {len(a):,} -> train the same architecture"
-        )
     return float((a - b).norm())
 
 
