@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from upweight.integrations.sklearn import SklearnModel, from_sklearn
     from upweight.repair.audit import audit
     from upweight.repair.issue_table import IssueTable
+    from upweight.repair.amend import amend, relabel, reweight, unlearn
+    from upweight.repair.result import Repair
+    from upweight.repair.verify import Verification, verify
     from upweight.scores import Ranking, Scores, SelfInfluence
     from upweight.task import BinaryClassification, Classification, Regression, Task
     from upweight.testing import check_attributor
@@ -67,6 +70,7 @@ _LAZY = {
     "Random": "upweight.attributors.baselines.random_scores",
     "Ranking": "upweight.scores",
     "Regression": "upweight.task",
+    "Repair": "upweight.repair.result",
     "Representer": "upweight.attributors.representer",
     "RetrainingBank": "upweight.evaluate",
     "Scores": "upweight.scores",
@@ -77,6 +81,8 @@ _LAZY = {
     "TracIn": "upweight.attributors.tracin",
     "UpweightError": "upweight.errors",
     "audit": "upweight.repair.audit",
+    "Verification": "upweight.repair.verify",
+    "amend": "upweight.repair.amend",
     "check_attributor": "upweight.testing",
     "confident_learning": "upweight.attributors.baselines.confident_learning",
     "damping_curve": "upweight.attributors.damping_curve",
@@ -84,7 +90,11 @@ _LAZY = {
     "label_noise": "upweight.evaluate",
     "lds": "upweight.evaluate",
     "leave_one_out": "upweight.evaluate",
+    "relabel": "upweight.repair.amend",
     "removal_curve": "upweight.evaluate",
+    "reweight": "upweight.repair.amend",
+    "unlearn": "upweight.repair.amend",
+    "verify": "upweight.repair.verify",
 }
 
 __all__ = [
@@ -113,6 +123,7 @@ __all__ = [
     "Random",
     "Ranking",
     "Regression",
+    "Repair",
     "Representer",
     "RetrainingBank",
     "Scores",
@@ -122,8 +133,10 @@ __all__ = [
     "Task",
     "TracIn",
     "UpweightError",
+    "Verification",
     "__version__",
     "audit",
+    "amend",
     "check_attributor",
     "confident_learning",
     "damping_curve",
@@ -131,7 +144,11 @@ __all__ = [
     "label_noise",
     "lds",
     "leave_one_out",
+    "relabel",
     "removal_curve",
+    "reweight",
+    "unlearn",
+    "verify",
 ]
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from upweight.cli import attribute, audit, demo, evaluate, explore, init, report
+from upweight.cli import attribute, audit, demo, evaluate, explore, init, repair, report
 from upweight.errors import UpweightError
 
 HELP = """Which training examples made a PyTorch model predict this, and how far may I trust that answer?
@@ -47,12 +47,13 @@ def _upweight(
 
 for _command, _short in (
     (demo, "Train on real images, explain predictions, find flipped labels, and prove it."),
-    (attribute, "Which training examples made the model predict this?"),
-    (audit, "What is wrong with the training data? Label errors, duplicates, outliers, harmful examples."),
-    (evaluate, "Is the answer right? Methods and baselines against models that are really retrained."),
-    (explore, "Look at scores, and decide about suspected labels, in a local web page."),
-    (report, "One page of everything a run has found."),
     (init, "Write a commented experiment file for your own project."),
+    (attribute, "Which training examples made the model predict this?"),
+    (evaluate, "Is the answer right? Methods and baselines against models that are really retrained."),
+    (audit, "What is wrong with the training data? Label errors, duplicates, outliers, harmful examples."),
+    (explore, "Look at scores, and decide about suspected labels, in a local web page."),
+    (repair, "Take bad data out of the trained model, without training it again."),
+    (report, "One page of everything a run has found."),
 ):
     _name = _command.__name__.rpartition(".")[2]
     app.command(_name, help=_command.HELP, short_help=_short)(getattr(_command, _name))
