@@ -9,7 +9,13 @@ from torch import nn
 
 import upweight as uw
 
-KINDS = {"label": "self_influence", "near_duplicate": "cosine", "outlier": "knn", "harmful": "ekfac", "rare": "ekfac"}
+KINDS = {
+    "label": "self_influence",
+    "near_duplicate": "cosine",
+    "outlier": "knn",
+    "harmful": "ekfac",
+    "rare": "ekfac",
+}
 HOSTILE = [
     "<script>window.hit = 1</script>",
     "</script><script>window.hit = 2</script>",
@@ -170,5 +176,9 @@ def everything(folder, experiment):
     put(folder, "issues.json", issues(experiment.train.n))
     put(folder, "repair/repair.json", repair())
     put(folder, "repair/verify.json", verification())
-    put(folder, "repair/log.jsonl", json.dumps({"at": "2026-01-01", "action": "repair", "method": "newton"}) + "\n")
+    put(
+        folder,
+        "repair/log.jsonl",
+        json.dumps({"at": "2026-01-01", "action": "repair", "method": "newton"}) + "\n",
+    )
     return folder

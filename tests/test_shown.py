@@ -36,7 +36,10 @@ def test_numbers_from_0_to_1_are_brightness():
 def test_standardised_colours_come_back_and_are_the_same_for_all_examples():
     levels = torch.rand(50, 3, 8, 8)
     levels[:, :, 0, 0], levels[:, :, 0, 1] = 0, 1
-    mean, deviation = torch.tensor([0.4, 0.5, 0.3])[:, None, None], torch.tensor([0.2, 0.3, 0.1])[:, None, None]
+    mean, deviation = (
+        torch.tensor([0.4, 0.5, 0.3])[:, None, None],
+        torch.tensor([0.2, 0.3, 0.1])[:, None, None],
+    )
     experiment = made((levels - mean) / deviation)
     for position in (0, 7):
         seen = pixels(thumbnail(experiment, "train", position)) / 255

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from upweight.experiment import Experiment
     from upweight.explorer.decisions import Decisions
     from upweight.integrations.sklearn import SklearnModel, from_sklearn
+    from upweight.repair.amend import amend, relabel, reweight, unlearn
     from upweight.repair.audit import audit
     from upweight.repair.issue_table import IssueTable
-    from upweight.repair.amend import amend, relabel, reweight, unlearn
     from upweight.repair.result import Repair
     from upweight.repair.verify import Verification, verify
     from upweight.scores import Ranking, Scores, SelfInfluence

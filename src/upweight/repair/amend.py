@@ -27,6 +27,8 @@ from upweight.gradients.layers import from_parameters
 from upweight.repair import steps
 from upweight.repair.change import Change, Weighted, changed, read_change, selected
 from upweight.repair.descent import Descent, change_gradient
+from upweight.repair.head import find_head
+from upweight.repair.inverse import default_curvature
 from upweight.repair.measured import (
     MOST,
     Measured,
@@ -37,8 +39,6 @@ from upweight.repair.measured import (
     parameter_evidence,
     predicted_change,
 )
-from upweight.repair.head import find_head
-from upweight.repair.inverse import default_curvature
 from upweight.repair.objective import Objective, by_parameter, losses_of, summed_gradient
 from upweight.repair.options import Options, Settings, read_options
 from upweight.repair.result import Repair
