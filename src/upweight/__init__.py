@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from upweight.errors import CacheMismatchError, StoreError, UpweightError
     from upweight.evaluate import RetrainingBank, label_noise, lds, leave_one_out, removal_curve
     from upweight.experiment import Experiment
+    from upweight.explorer.decisions import Decisions
     from upweight.integrations.sklearn import SklearnModel, from_sklearn
+    from upweight.repair.amend import amend, relabel, reweight, unlearn
+    from upweight.repair.audit import audit
+    from upweight.repair.issue_table import IssueTable
+    from upweight.repair.result import Repair
+    from upweight.repair.verify import Verification, verify
     from upweight.scores import Ranking, Scores, SelfInfluence
     from upweight.task import BinaryClassification, Classification, Regression, Task
     from upweight.testing import check_attributor
@@ -47,6 +53,7 @@ _LAZY = {
     "Classification": "upweight.task",
     "Damping": "upweight.curvature",
     "Datamodel": "upweight.attributors.datamodel",
+    "Decisions": "upweight.explorer.decisions",
     "EL2N": "upweight.attributors.baselines.el2n",
     "EmbeddingSimilarity": "upweight.attributors.baselines.embedding",
     "Examples": "upweight.data",
@@ -57,11 +64,13 @@ _LAZY = {
     "GradNorm": "upweight.attributors.baselines.grad_norm",
     "GroupEffect": "upweight.attributors.group",
     "Influence": "upweight.attributors.influence",
+    "IssueTable": "upweight.repair.issue_table",
     "Loss": "upweight.attributors.baselines.loss",
     "Margin": "upweight.attributors.baselines.margin",
     "Random": "upweight.attributors.baselines.random_scores",
     "Ranking": "upweight.scores",
     "Regression": "upweight.task",
+    "Repair": "upweight.repair.result",
     "Representer": "upweight.attributors.representer",
     "RetrainingBank": "upweight.evaluate",
     "Scores": "upweight.scores",
@@ -71,6 +80,9 @@ _LAZY = {
     "Task": "upweight.task",
     "TracIn": "upweight.attributors.tracin",
     "UpweightError": "upweight.errors",
+    "audit": "upweight.repair.audit",
+    "Verification": "upweight.repair.verify",
+    "amend": "upweight.repair.amend",
     "check_attributor": "upweight.testing",
     "confident_learning": "upweight.attributors.baselines.confident_learning",
     "damping_curve": "upweight.attributors.damping_curve",
@@ -78,7 +90,11 @@ _LAZY = {
     "label_noise": "upweight.evaluate",
     "lds": "upweight.evaluate",
     "leave_one_out": "upweight.evaluate",
+    "relabel": "upweight.repair.amend",
     "removal_curve": "upweight.evaluate",
+    "reweight": "upweight.repair.amend",
+    "unlearn": "upweight.repair.amend",
+    "verify": "upweight.repair.verify",
 }
 
 __all__ = [
@@ -90,6 +106,7 @@ __all__ = [
     "Classification",
     "Damping",
     "Datamodel",
+    "Decisions",
     "EL2N",
     "EmbeddingSimilarity",
     "Examples",
@@ -100,11 +117,13 @@ __all__ = [
     "GradNorm",
     "GroupEffect",
     "Influence",
+    "IssueTable",
     "Loss",
     "Margin",
     "Random",
     "Ranking",
     "Regression",
+    "Repair",
     "Representer",
     "RetrainingBank",
     "Scores",
@@ -114,7 +133,10 @@ __all__ = [
     "Task",
     "TracIn",
     "UpweightError",
+    "Verification",
     "__version__",
+    "audit",
+    "amend",
     "check_attributor",
     "confident_learning",
     "damping_curve",
@@ -122,7 +144,11 @@ __all__ = [
     "label_noise",
     "lds",
     "leave_one_out",
+    "relabel",
     "removal_curve",
+    "reweight",
+    "unlearn",
+    "verify",
 ]
 
 

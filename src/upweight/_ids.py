@@ -38,6 +38,28 @@ def some(ids: Iterable[Id]) -> str:
     return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
 
 
+def positions_of(known: Sequence[Id], ids: Iterable[Id] | Id) -> list[int]:
+    """Positions of the training examples with these ids, in the ids' order."""
+    wanted = as_ids([ids] if isinstance(ids, (int, str)) else ids, "ids")
+    if not wanted:
+        raise UpweightError("no ids were given, expected at least one -> name the examples to remove")
+    if len(set(wanted)) != len(wanted):
+        raise UpweightError("an id is given twice, expected each example once -> set(ids)")
+    if isinstance(known, range):
+        position: dict[Id, int] = {
+            name: known.index(name) for name in wanted if isinstance(name, int) and name in known
+        }
+    else:
+        every = {name: k for k, name in enumerate(known)}
+        position = {name: every[name] for name in wanted if name in every}
+    if unknown := [name for name in wanted if name not in position]:
+        raise UpweightError(
+            f"{some(unknown)} not among the {len(known)} training ids ({some(known)}) -> name examples by the ids they "
+            "were given"
+        )
+    return [position[name] for name in wanted]
+
+
 def ids_to_bytes(ids: Sequence[Id]) -> Tensor:
     """JSON as a uint8 tensor, to be kept in a file of tensors."""
     return torch.frombuffer(bytearray(json.dumps(ids), "utf-8"), dtype=torch.uint8)

@@ -8,6 +8,7 @@ unpredictably, a data set that returns another image each time it is asked.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -81,7 +82,7 @@ class Examples:
         if isinstance(data, Examples):
             ids = data.ids if ids is None else ids
             data = data._source
-        self._source = data if isinstance(data, (_Tensors, _Items, _Stream)) else _open(data)
+        self._source = data if isinstance(data, Source) else _open(data)
         self.n = self._source.n
         if self.n == 0:
             raise UpweightError("the data is empty -> pass at least one example")
@@ -125,10 +126,35 @@ class Examples:
         return self._fingerprint
 
 
-class _Tensors:
-    """Tensors or arrays that share their first axis."""
+class Source(ABC):
+    """Where examples are read from, in one fixed order.
 
-    batch_size = None
+    Attributes:
+        n: how many there are.
+        batch_size: the batch size that the source insists on, or None.
+    """
+
+    n: int
+    batch_size: int | None = None
+
+    @abstractmethod
+    def batches(self, batch_size: int) -> Iterator[Rows]:
+        """All examples in order; about `batch_size` at a time."""
+
+    @abstractmethod
+    def take(self, positions: Sequence[int]) -> Any:
+        """The examples at these positions, collated."""
+
+    def check_repeatable(self) -> None:  # noqa: B027 - nothing to check is the rule: tensors give the same numbers
+        """Raise if reading twice gives other numbers."""
+
+    @abstractmethod
+    def sample_for_fingerprint(self) -> Iterator[Any]:
+        """Batches whose content is hashed."""
+
+
+class _Tensors(Source):
+    """Tensors or arrays that share their first axis."""
 
     def __init__(self, tree: Any) -> None:
         self.tree = map_tensors(tree, lambda t: t)
@@ -148,17 +174,12 @@ class _Tensors:
         index = torch.as_tensor(list(positions))
         return map_tensors(self.tree, lambda t: t[index.to(t.device)])
 
-    def check_repeatable(self) -> None:
-        pass  # indexing a tensor twice gives the same numbers
-
     def sample_for_fingerprint(self) -> Iterator[Any]:
         yield self.tree
 
 
-class _Items:
+class _Items(Source):
     """A map-style data set, read by index."""
-
-    batch_size = None
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], workers: int = 0) -> None:
         self.dataset, self.collate, self.workers = dataset, collate, workers
@@ -192,7 +213,7 @@ class _Items:
             yield self.take([position])
 
 
-class _Stream:
+class _Stream(Source):
     """Batches from an iterable that can only be read from its beginning, in the order in which they come.
 
     Every reading is compared with the first, batch by batch: rows of a score matrix must stay the same examples.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from upweight._load import import_name
 from upweight._trees import map_tensors, tensors_in
@@ -25,6 +25,13 @@ Method = Any
 """An attributor, or a function ``(model, task) -> attributor``."""
 
 
+_SIGNATURES = {
+    "train_fn": "def train_fn(indices, seed)",
+    "show": "def show(example)",
+    "read": "def read(path_or_text)",
+}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Experiment:
     """What the command line works on.
@@ -37,11 +44,17 @@ class Experiment:
         train_fn: ``(indices, seed) -> model``, trained from scratch on these positions of ``train`` (int64 array), with
             the seed deciding all randomness. Needed only where something is retrained.
         show: How to show an example to a person: a function of one example (in the form of the data, without the batch
-            axis) that returns text. Its class is shown if None.
+            axis) that returns text, a picture (a PIL image, or numbers [H, W], [H, W, C] or [C, H, W]), or a text's
+            tokens as ``[(token, weight), ...]``, which are coloured by their weights. If None, inputs shaped like
+            images are shown as images, vectors as rows of a table, and anything else by its class.
         classes: The names of the classes, by number.
         methods: ``{name: method}``, where a method is an attributor or a function ``(model, task) -> attributor``.
             These are evaluated unless others are asked for, and may be asked for by name.
         name: What to call the experiment.
+        features: The names of the columns, where an input is the row of a table.
+        read: How the explorer reads a query that a person brings: a function of the path of an uploaded file, or of a
+            typed text, that returns one input (or a whole example in the form of the data) without the batch axis. If
+            None, pictures and rows of numbers are understood where the training data are such.
 
     Raises:
         UpweightError: What is wrong with one of them, in one line.
@@ -73,6 +86,8 @@ class Experiment:
     classes: Sequence[str] | None = None
     methods: Mapping[str, Method] | None = None
     name: str = "experiment"
+    features: Sequence[str] | None = None
+    read: Callable[[Any], object] | None = None
 
     def __init__(
         self,
@@ -85,6 +100,8 @@ class Experiment:
         classes: Sequence[str] | None = None,
         methods: Mapping[str, Method] | None = None,
         name: str = "experiment",
+        features: Sequence[str] | None = None,
+        read: Callable[[Any], object] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UpweightError(
@@ -95,16 +112,17 @@ class Experiment:
             raise UpweightError(
                 f"the experiment's task is {type(task).__name__}, expected a Task -> uw.Classification() for example"
             )
-        for what, function in (("train_fn", train_fn), ("show", show)):
+        for what, function in (("train_fn", train_fn), ("show", show), ("read", read)):
             if function is not None and not callable(function):
                 raise UpweightError(
                     f"the experiment's {what} is {type(function).__name__}, expected a function -> "
-                    + ("def train_fn(indices, seed)" if what == "train_fn" else "def show(example)")
+                    + _SIGNATURES[what]
                 )
-        if isinstance(classes, str):
-            raise UpweightError(
-                f"classes={classes!r} is one text, expected one name for each class -> a list"
-            )
+        for what, names, one in (("classes", classes, "class"), ("features", features, "feature")):
+            if isinstance(names, str):
+                raise UpweightError(
+                    f"{what}={names!r} is one text, expected one name for each {one} -> a list"
+                )
         if methods is not None and not (
             isinstance(methods, Mapping) and methods and all(isinstance(key, str) for key in methods)
         ):
@@ -122,9 +140,20 @@ class Experiment:
             "classes": None if classes is None else [str(one) for one in classes],
             "methods": None if methods is None else dict(methods),
             "name": str(name),
+            "features": None if features is None else [str(one) for one in features],
+            "read": read,
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
+        self._check_features()
+
+    def _check_features(self) -> None:
+        first = next(iter(tensors_in(self.train.take([0]))), None) if self.features is not None else None
+        if first is not None and (first.ndim != 2 or first.shape[1] != len(self.features or ())):
+            raise UpweightError(
+                f"{len(self.features or ())} features are named, but an input has shape {list(first.shape[1:])} -> "
+                "one name for each column, for inputs that are rows of a table"
+            )
 
     @classmethod
     def load(cls, address: str) -> Experiment:
@@ -153,29 +182,13 @@ class Experiment:
         """
         if not len(positions):
             return []
+        from upweight.report.shown import describe
+
         batch = examples.take(positions)
-        return [self._words(batch, k, examples.ids[position]) for k, position in enumerate(positions)]
-
-    def _words(self, batch: Any, k: int, name: int | str) -> str:
-        if self.show is None:
-            return self._class_name(batch, k)
-        try:
-            return str(self.show(map_tensors(batch, lambda tensor: tensor[k])))
-        except Exception as error:
-            raise UpweightError(
-                f"show(example) raised {type(error).__name__} on example {name!r} ({str(error).splitlines()[:1]}) -> "
-                "it is given one example in the form of the data, without the batch axis"
-            ) from error
-
-    def _class_name(self, batch: Any, k: int) -> str:
-        targets = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-        if not isinstance(targets, Tensor) or targets[k].numel() != 1:
-            return ""
-        value = targets[k].item()
-        if self.classes is None:
-            return f"{value:g}" if isinstance(value, float) else str(value)
-        number = int(value)
-        return self.classes[number] if 0 <= number < len(self.classes) else str(value)
+        return [
+            describe(self, map_tensors(batch, lambda tensor, k=k: tensor[k]), examples.ids[position])
+            for k, position in enumerate(positions)
+        ]
 
     def holds_text(self) -> bool:
         """Whether the inputs look like token ids: integers [batch, position]."""

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from upweight._ids import as_ids, some
+from upweight._ids import positions_of
 from upweight.attributors.evidence import influence_info, left_out_of
 from upweight.attributors.fitted import CALIBRATED
 from upweight.attributors.functional import FunctionalQueries, functional_gradients, functional_queries
@@ -56,7 +56,7 @@ Solve = Callable[[Gradients], Gradients]
 def removal(method: Influence, ids: Any, query: Any, convention: str = "sum") -> GroupEffect:
     """See `Influence.removal`."""
     fitted = method._ready()
-    positions = _positions(fitted.examples, ids)
+    positions = positions_of(fitted.examples.ids, ids)
     side = Side(fitted.examples, positions, -torch.ones(len(positions), dtype=fitted.dtype))
     what = f"removal of {len(positions)} training example{'s' if len(positions) > 1 else ''}"
     return _effect(method, [side], query, convention, what)
@@ -65,7 +65,7 @@ def removal(method: Influence, ids: Any, query: Any, convention: str = "sum") ->
 def change(method: Influence, ids: Any, to: Any, query: Any) -> GroupEffect:
     """See `Influence.change`."""
     fitted = method._ready()
-    positions = _positions(fitted.examples, ids)
+    positions = positions_of(fitted.examples.ids, ids)
     replacements = Examples(to)
     if replacements.n != len(positions):
         raise UpweightError(
@@ -86,7 +86,7 @@ def reweight(method: Influence, weights: Any, query: Any, convention: str = "sum
     fitted = method._ready()
     n = fitted.examples.n
     if isinstance(weights, Mapping):
-        positions = _positions(fitted.examples, list(weights))
+        positions = positions_of(fitted.examples.ids, list(weights))
         values = torch.as_tensor(
             [float(weights[fitted.examples.ids[p]]) for p in positions], dtype=fitted.dtype
         )
@@ -249,24 +249,3 @@ class _Steps:
 
 def _gradients(fitted: Fitted, side: Side) -> Gradients:
     return Gradients.concatenate([fitted.tracker.train(batch, ids) for batch, ids in batches(fitted, side)])
-
-
-def _positions(examples: Examples, ids: Any) -> list[int]:
-    """Positions of the training examples with these ids, in the ids' order."""
-    wanted = as_ids([ids] if isinstance(ids, (int, str)) else ids, "ids")
-    if not wanted:
-        raise UpweightError("no ids were given, expected at least one -> name the examples to remove")
-    if len(set(wanted)) != len(wanted):
-        raise UpweightError("an id is given twice, expected each example once -> set(ids)")
-    known = examples.ids
-    if isinstance(known, range):
-        position: dict[Any, int] = {name: name for name in wanted if isinstance(name, int) and name in known}
-    else:
-        every = {name: k for k, name in enumerate(known)}
-        position = {name: every[name] for name in wanted if name in every}
-    if unknown := [name for name in wanted if name not in position]:
-        raise UpweightError(
-            f"{some(unknown)} not among the {examples.n} training ids ({some(known)}) -> name examples by the ids they "
-            "were given"
-        )
-    return [position[name] for name in wanted]

@@ -10,20 +10,21 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from upweight.cli import attribute, demo, evaluate
+from upweight.cli import attribute, audit, demo, evaluate, explore, init, repair, report
 from upweight.errors import UpweightError
 
 HELP = """Which training examples made a PyTorch model predict this, and how far may I trust that answer?
 
 Start with [bold]upweight demo[/]: it needs no files and takes a minute or two.
 
-The other commands take an [bold]EXPERIMENT[/], the few lines of Python that say what your model, its task and \
-its data are: [bold]path/to/file.py:name[/] or [bold]package.module:name[/].
+For your own project, [bold]upweight init[/] writes a file to start from. The other commands take an \
+[bold]EXPERIMENT[/], the few lines of Python that say what your model, its task and its data are: \
+[bold]path/to/file.py:name[/] or [bold]package.module:name[/].
 """
 
 app = typer.Typer(
     name="upweight",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -46,8 +47,13 @@ def _upweight(
 
 for _command, _short in (
     (demo, "Train on real images, explain predictions, find flipped labels, and prove it."),
+    (init, "Write a commented experiment file for your own project."),
     (attribute, "Which training examples made the model predict this?"),
     (evaluate, "Is the answer right? Methods and baselines against models that are really retrained."),
+    (audit, "What is wrong with the training data? Label errors, duplicates, outliers, harmful examples."),
+    (explore, "Look at scores, and decide about suspected labels, in a local web page."),
+    (repair, "Take bad data out of the trained model, without training it again."),
+    (report, "One page of everything a run has found."),
 ):
     _name = _command.__name__.rpartition(".")[2]
     app.command(_name, help=_command.HELP, short_help=_short)(getattr(_command, _name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,6 +12,9 @@ from upweight.demo.data import ImageSet
 from upweight.demo.network import Recipe
 from upweight.demo.proof import Agreement, Detection, RemovalPair, agreement
 from upweight.scores import Scores, SelfInfluence
+
+if TYPE_CHECKING:
+    from upweight.demo.closing import Closing
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class DemoRun:
         suspects: influence of every training image on itself.
         detections: how well each score finds the flipped labels.
         removals: what retraining without proponents, and without random images, did.
+        closing: what was done about the suspected labels.
         seconds: how long each step took.
     """
 
@@ -78,6 +83,7 @@ class DemoRun:
     suspects: SelfInfluence
     detections: list[Detection]
     removals: list[RemovalPair]
+    closing: Closing
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -109,6 +115,14 @@ class DemoRun:
                 "queries": len(self.removals),
                 "seeds": len(self.removals[0].proponents.measured),
                 **vars(together),
+            },
+            "repair": {
+                "flagged": self.closing.flagged,
+                "decided": self.closing.decided,
+                "right": self.closing.right,
+                "test_accuracy": self.closing.accuracy,
+                "test_loss": self.closing.loss,
+                "seconds": self.closing.seconds,
             },
             "seconds": self.seconds,
         }

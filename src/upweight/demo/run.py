@@ -16,6 +16,7 @@ from torch import Tensor
 
 import upweight as uw
 from upweight.demo import tables
+from upweight.demo.closing import close_the_loop
 from upweight.demo.data import flip_labels
 from upweight.demo.network import one_thread, predictions, train_network
 from upweight.demo.page import render
@@ -33,7 +34,8 @@ def run_demo(settings: Settings, console: Console) -> DemoRun:
         console: where tables go.
 
     Returns:
-        Everything the run found; ``index.html`` and ``figures.json`` are in the folder ``settings.out``.
+        Everything the run found; ``index.html`` and ``figures.json`` are in the folder ``settings.out``, and what the
+        other commands read and write: ``experiment.py``, scores, issues, decisions, the repair and ``report.html``.
 
     Raises:
         UpweightError: the images or the folder cannot be used.
@@ -76,6 +78,8 @@ def run_demo(settings: Settings, console: Console) -> DemoRun:
     ]
     with clock("retrain for the proof"):
         removals = _prove(settings, train, classes, scores, queries, console)
+    with clock("audit, repair, report"), one_thread():
+        closing = close_the_loop(settings, images, given, model, method)
     run = DemoRun(
         settings=settings,
         images=images,
@@ -91,6 +95,7 @@ def run_demo(settings: Settings, console: Console) -> DemoRun:
         suspects=suspects,
         detections=detections,
         removals=removals,
+        closing=closing,
         seconds=clock.seconds,
     )
     _write(page, render(run))

@@ -46,9 +46,19 @@ def print_findings(console: Console, run: DemoRun, page: Path) -> None:
     if run.removals:
         console.print(_removals(run))
         console.print(removal_sentence(run), highlight=False)
+    if run.closing.seconds:
+        console.print(_closing(run))
+    console.print(closing_sentence(run), highlight=False)
     steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in run.seconds.items())
     console.print(f"\n[dim]{steps}; {sum(run.seconds.values()):.0f} s in all[/]", highlight=False)
     console.print(f"[bold]Open {escape(str(page))}[/] to see the images.", highlight=False, soft_wrap=True)
+    if run.closing.report is not None:
+        console.print(
+            f"[bold]{escape(str(run.closing.report))}[/] reports audit and repair. Decide yourself: "
+            f"[cyan]upweight explore {escape(run.closing.address)} --out {escape(str(run.settings.out))}[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def removal_sentence(run: DemoRun) -> str:
@@ -63,6 +73,45 @@ def removal_sentence(run: DemoRun) -> str:
         f"{together.control:+.2f} nats, predicted {together.predicted:+.2f} against {together.predicted_control:+.2f} "
         f"(correlation {together.correlation:.2f}; one predicted nat turned out to be {together.slope:.2f})."
     )
+
+
+def closing_sentence(run: DemoRun) -> str:
+    """The repair in words."""
+    closing, flips = run.closing, int(run.flipped.sum())
+    if closing.left_out:
+        return f"The labels were not audited: {escape(closing.left_out)}."
+    if not closing.seconds:
+        return f"The audit flags {closing.flagged} of the labels, and nothing was decided about them."
+    words = (
+        f"The audit flags {closing.flagged} labels; its suggestions were accepted unseen: {closing.decided} images "
+        f"were given another label, {closing.right} of them the true one ({flips} were flipped). The network was then "
+        f"repaired without training it again: mean loss of the test images {closing.loss['before']:.3f} nats before, "
+        f"{closing.loss['repaired']:.3f} after"
+    )
+    if "retrained" not in closing.loss:
+        return f"{words}."
+    return f"{words}; {closing.loss['retrained']:.3f} if it is really trained again on the same decisions."
+
+
+def _closing(run: DemoRun) -> Table:
+    closing, seeds = run.closing, run.settings.retrain_seeds
+    table = _table(
+        "From scores to action: audit, relabel, repair",
+        "Repaired: a few preconditioned steps (EK-FAC) on the corrected labels, no training from scratch. Retrained: "
+        f"on the same decisions, mean of {seeds} seed{'s' if seeds > 1 else ''}; the seconds are of one training. A "
+        "network this small trains about as quickly as it is repaired; what repair saves grows with the training.",
+    )
+    for heading in ("network", "test accuracy", "test loss in nats", "seconds"):
+        table.add_column(heading, justify="left" if heading == "network" else "right")
+    for name in closing.accuracy:
+        took = closing.seconds.get({"repaired": "repair", "retrained": "retraining"}.get(name, ""))
+        table.add_row(
+            {"before": "as it was trained"}.get(name, name),
+            f"{closing.accuracy[name]:.1%}",
+            f"{closing.loss[name]:.3f}",
+            "" if took is None else f"{took:.1f}",
+        )
+    return table
 
 
 def _queries(run: DemoRun, shown: int) -> Table:

@@ -17,6 +17,7 @@ import upweight
 from upweight._files import replace_file
 from upweight.evaluate.bootstrap import Estimate
 from upweight.evaluate.comparison import Compared, Comparison
+from upweight.report.calibration import calibration
 
 __all__ = ["as_json", "figures", "json_text", "render", "write"]
 
@@ -101,6 +102,7 @@ def _row(comparison: Comparison, row: Compared) -> dict[str, Any]:
         "above_best_baseline": None if gain is None else _estimate(gain),
         "undefined_queries": row.lds.undefined,
         "per_query": row.lds.per_query.tolist(),
+        "calibration": calibration(row.scores, comparison.outcomes),
         "seconds": round(row.seconds, 3),
         "info": row.scores.info,
     }
