@@ -66,7 +66,7 @@ def theme() -> Any:
     """Calm, with fonts that are on every machine."""
     import gradio as gr
 
-    fonts = {
+    fonts: Any = {
         "font": ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         "font_mono": ["ui-monospace", "Menlo", "monospace"],
     }
@@ -140,7 +140,7 @@ def _explain_tab(gr: Any, page: Any, run: Run) -> None:
         at = int(getattr(event, "_data", {}).get("page", at))
         return key, at, panels.query_list(run, _all(of), at, key)
 
-    def choose_event(key: str, at: float, of: int, event: gr.EventData) -> tuple[str, float, str]:
+    def choose_event(key: str, at: float, of: int, event: Any) -> tuple[str, float, str]:
         return choose(key, at, of, event)
 
     choose_event.__annotations__["event"] = gr.EventData
@@ -209,7 +209,7 @@ def _review_tab(gr: Any, page: Any, run: Run, reviewer: str) -> None:
         row = None if run.issues is None else suspects.step(run.issues, wanted, run.decisions.all())
         return panels.review(run, wanted, row)
 
-    def act(kind: str, label: int, show: str, who: str, event: gr.EventData) -> str:
+    def act(kind: str, label: int, show: str, who: str, event: Any) -> str:
         return decide(
             run, Selection((kind or "").removeprefix(ISSUE), _all(label), show), who, event._data or {}
         )
