@@ -30,7 +30,7 @@ PER_LAYER = 40
 
 def asset(name: str) -> str:
     """A file of the page."""
-    return resources.files("upweight.explorer").joinpath("assets", name).read_text(encoding="utf-8")
+    return resources.files("upweight.explorer").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
 
 
 def build(run: Run, reviewer: str = "") -> Any:
@@ -66,7 +66,7 @@ def theme() -> Any:
     """Calm, with fonts that are on every machine."""
     import gradio as gr
 
-    fonts = {
+    fonts: dict[str, Any] = {
         "font": ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         "font_mono": ["ui-monospace", "Menlo", "monospace"],
     }
@@ -136,14 +136,11 @@ def _explain_tab(gr: Any, page: Any, run: Run) -> None:
         return panels.explanation(run, values[0], values[1], values[2], _all(values[3]), int(values[4]))
 
     def choose(key: str, at: float, of: int, event: Any) -> tuple[str, float, str]:
-        key = str(getattr(event, "_data", {}).get("query", key))
-        at = int(getattr(event, "_data", {}).get("page", at))
+        asked = event._data or {}
+        key, at = str(asked.get("query", key)), int(asked.get("page", at))
         return key, at, panels.query_list(run, _all(of), at, key)
 
-    def choose_event(key: str, at: float, of: int, event: gr.EventData) -> tuple[str, float, str]:
-        return choose(key, at, of, event)
-
-    choose_event.__annotations__["event"] = gr.EventData
+    choose.__annotations__["event"] = gr.EventData  # by which gradio knows what to pass
 
     def ask_for(file: str | None, text: str, target: int) -> tuple[str, str]:
         try:
@@ -154,7 +151,7 @@ def _explain_tab(gr: Any, page: Any, run: Run) -> None:
         return run.add(upload), HERE
 
     explained = _answered(explain)
-    listed.select(choose_event, [key, at, of], [key, at, listed], **_quiet())
+    listed.select(choose, [key, at, of], [key, at, listed], **_quiet())
     of.change(
         lambda key, of: (0, panels.query_list(run, _all(of), 0, key)), [key, of], [at, listed], **_quiet()
     )
@@ -209,7 +206,7 @@ def _review_tab(gr: Any, page: Any, run: Run, reviewer: str) -> None:
         row = None if run.issues is None else suspects.step(run.issues, wanted, run.decisions.all())
         return panels.review(run, wanted, row)
 
-    def act(kind: str, label: int, show: str, who: str, event: gr.EventData) -> str:
+    def act(kind: str, label: int, show: str, who: str, event: Any) -> str:
         return decide(
             run, Selection((kind or "").removeprefix(ISSUE), _all(label), show), who, event._data or {}
         )
