@@ -73,6 +73,16 @@ def test_noiseless_truth_gets_one_and_negated_scores_the_negative():
     np.testing.assert_allclose(negated.per_query, -result.per_query)
 
 
+def test_intervals_of_tiny_banks_end_where_a_correlation_must():
+    truth, outcomes = simulated(np.random.default_rng(7), queries=3, count=5, noise=2.0)
+    worse = -truth + np.random.default_rng(8).standard_normal(truth.shape)
+    for result in (lds(truth, outcomes, resamples=100), lds(worse, outcomes, resamples=100)):
+        assert -1 <= result.low <= result.value <= result.high <= 1
+    assert lds(truth, outcomes, resamples=100).high == 1  # which it would pass by itself
+    gain = lds_difference(truth, worse, outcomes, resamples=100)
+    assert -2 <= gain.low <= gain.high <= 2
+
+
 @pytest.mark.slow
 def test_random_scores_get_zero_within_their_interval():
     generator = np.random.default_rng(3)

@@ -15,6 +15,7 @@ Data = tuple[Tensor, Tensor]
 
 # Mean and standard deviation of the pixels, between 0 and 1, that are customary for these sets.
 PIXELS = {"mnist": (0.1307, 0.3081), "fashion_mnist": (0.2860, 0.3530)}
+CIFAR10_MEAN, CIFAR10_DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 @functools.cache
@@ -46,3 +47,26 @@ def grey_images(name: str, split: str, count: int, standardise: bool = True) -> 
         mean, deviation = PIXELS[name]
         x = (x - mean) / deviation
     return x, torch.from_numpy(labels)
+
+
+@functools.cache
+def cifar10(split: str, count: int) -> Data:
+    """The first `count` images of CIFAR-10, standardised, [count, 3, 32, 32] float32, and their labels."""
+    images, labels, _ = loader().images("cifar10", split, n=count)
+    x = torch.from_numpy(images).float() / 255
+    x = (x - torch.tensor(CIFAR10_MEAN)) / torch.tensor(CIFAR10_DEVIATION)
+    return x.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+
+
+@functools.cache
+def shakespeare(length: int, count: int, queries: int) -> tuple[Tensor, Tensor, str]:
+    """Windows of tiny Shakespeare: [count, length + 1] and [queries, length + 1] numbers of characters, and these.
+
+    The windows to train on do not overlap and are the text's first; the queries are its last.
+    """
+    text = loader().text("tinyshakespeare")
+    alphabet = "".join(sorted(set(text)))
+    number = {character: k for k, character in enumerate(alphabet)}
+    numbers = torch.tensor([number[character] for character in text])
+    windows = numbers[: len(numbers) // (length + 1) * (length + 1)].reshape(-1, length + 1)
+    return windows[:count], windows[-queries:], alphabet

@@ -23,11 +23,13 @@ def sgd(
     batch: int,
     epochs: int,
     keep_after: Sequence[int] = (),
+    schedule: Callable[[float], float] | None = None,
 ) -> list[Checkpoint]:
-    """Train `model` in place by SGD with momentum at a constant rate; the order of the data is the seed's.
+    """Train `model` in place by SGD with momentum; the order of the data is the seed's.
 
     `decay` is added to the gradient as decay * theta: the objective is the mean loss + (decay/2) ||theta||^2. A last
-    batch that is not full is left out of its epoch, as every epoch has another order.
+    batch that is not full is left out of its epoch, as every epoch has another order. The rate is constant, or times
+    `schedule` of the share of all steps that are done.
 
     Returns:
         Checkpoints after the epochs in `keep_after`.
@@ -38,13 +40,18 @@ def sgd(
     steps = max(1, len(y) // batch)
     kept: list[Checkpoint] = []
     model.train()
+    done = 0
     for epoch in range(1, epochs + 1):
         order = torch.randperm(len(y), generator=generator)[: steps * batch]
         for chosen in order.split(batch):
+            if schedule is not None:
+                optimizer.param_groups[0]["lr"] = rate * schedule(done / (steps * epochs))
+            done += 1
             optimizer.zero_grad()
             loss(model(x[chosen]), y[chosen]).backward()
             optimizer.step()
         if epoch in keep_after:
-            kept.append(({k: v.detach().clone() for k, v in model.state_dict().items()}, rate))
+            now = optimizer.param_groups[0]["lr"]
+            kept.append(({k: v.detach().clone() for k, v in model.state_dict().items()}, now))
     model.eval()
     return kept

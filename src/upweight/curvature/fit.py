@@ -25,6 +25,7 @@ from upweight.curvature.operators import (
     rotated_gradients,
 )
 from upweight.curvature.sums import Moments, Sum
+from upweight.curvature.windows import Inputs, flat
 from upweight.errors import UpweightError
 from upweight.gradients.blocks import Eigenbasis, Factored
 from upweight.gradients.contraction import tiles
@@ -99,7 +100,7 @@ class _Factors:
 
     def __init__(self) -> None:
         self.rows: Moments | None = None
-        self.cols: Moments | None = None
+        self.cols: Inputs | None = None
         self.positions = 0
 
     def add(self, columns: Sequence[Any], where: str) -> None:
@@ -109,15 +110,15 @@ class _Factors:
         # Output gradients along the columns are each Fisher column's own; inputs are the same for all.
         own = len(columns) if _swapped(first) else 1
         if self.rows is None or self.cols is None:
-            self.rows, self.cols = Moments(len(columns)), Moments(own, means=first.ones)
+            self.rows, self.cols = Moments(len(columns)), Inputs(own, means=first.ones)
         for part in tiles(first):
             for c, column in enumerate(columns):
                 tile = column[part]
                 real = tile.real()
-                self.rows.add(_flat(tile.left(), real), c)
+                self.rows.add(flat(tile.left(), real), c)
                 if c >= own:
                     continue
-                self.cols.add(_flat(tile.inputs(), real), c)
+                self.cols.add(tile, real, c)
                 self.positions += len(tile) * tile.positions if real is None else int(real.sum())
 
     def finish(self, n: int, where: str, dtype: torch.dtype) -> LayerCurvature:
@@ -135,11 +136,6 @@ class _Factors:
         beta, q_b = eigh(rows / n, f"the output-gradient factor of {where}", dtype)
         alpha, q_a = eigh(cols / self.positions, f"the input factor of {where}", dtype)
         return Kronecker(Eigenbasis(q_b, q_a), beta[:, :, None] * alpha[:, None, :])
-
-
-def _flat(factor: Tensor, real: Tensor | None) -> Tensor:
-    """[group, batch, position, k] as rows; padding has no gradient, but it does have inputs, which are put to zero."""
-    return (factor if real is None else factor * real[None, :, :, None]).flatten(1, 2)
 
 
 class _Square:

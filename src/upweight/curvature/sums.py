@@ -7,6 +7,8 @@ rows, counted from the first example on, whatever batches they arrive in.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -46,15 +48,15 @@ class Sum:
 
     def add_gram(self, rows: Tensor) -> None:
         """Add ``r^T r`` of rows [group, row, k]: only the upper blocks of a wide one, which `symmetric` completes."""
-        width = rows.shape[-1]
-        if width < SYMMETRIC_FROM:
-            self.add_product(rows, rows)
-            return
+        self._partial = add_gram(self._partial, rows)
+        self._count()
+
+    @contextmanager
+    def adding(self, like: Tensor, *shape: int) -> Iterator[Tensor]:
+        """A tensor of this shape, to which one part is to be added in place."""
         if self._partial is None:
-            self._partial = rows.new_zeros(rows.shape[0], width, width)
-        for start, stop in _bands(width):
-            left, right = rows[..., start:stop], rows[..., start:]
-            self._partial[:, start:stop, start:].baddbmm_(left.mT, right)
+            self._partial = like.new_zeros(shape)
+        yield self._partial
         self._count()
 
     def value(self) -> Tensor | None:
@@ -79,6 +81,17 @@ class Sum:
             part = self._partial.double()
             self.total = part if self.total is None else self.total.add_(part)
         self._partial, self._gathered = None, 0
+
+
+def add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
+    """``total + r^T r`` of rows [group, row, k], in place: of a wide one only the upper blocks mean anything."""
+    width = rows.shape[-1]
+    if width < SYMMETRIC_FROM:
+        return rows.mT @ rows if total is None else total.baddbmm_(rows.mT, rows)
+    total = rows.new_zeros(rows.shape[0], width, width) if total is None else total
+    for start, stop in _bands(width):
+        total[:, start:stop, start:].baddbmm_(rows[..., start:stop].mT, rows[..., start:])
+    return total
 
 
 def _bands(width: int) -> list[tuple[int, int]]:

@@ -39,6 +39,14 @@ class Estimate:
         """Upper end of the widest interval."""
         return self._widest[1]
 
+    def within(self, least: float, most: float) -> Estimate:
+        """The same with intervals that end where the number itself must: a correlation's at -1 and 1."""
+        ends = {
+            name: (min(max(low, least), most), min(max(high, least), most)) if low == low else (low, high)
+            for name, (low, high) in self.intervals.items()
+        }
+        return Estimate(self.value, ends)
+
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 

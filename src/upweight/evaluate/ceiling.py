@@ -108,7 +108,7 @@ def noise_ceiling(
     others = [
         spearman(values[:, r], np.delete(values, r, axis=1).mean(axis=1)) for r in range(seeds)
     ]  # [seed][query]
-    reliability = estimate_mean(per_query, resampled, blocks, level, generator)
+    reliability = estimate_mean(per_query, resampled, blocks, level, generator).within(-1, 1)
     return NoiseCeiling(
         reliability, float(np.nanmean(others)) if np.isfinite(others).any() else math.nan, seeds
     )

@@ -129,7 +129,9 @@ def label_noise(
     curve = np.interp(np.arange(1, n + 1), found[0][0], found[1][0])
 
     def estimate(value: float, column: int) -> Estimate:
-        return Estimate(float(value), {"examples": interval(value, replicates[:, column], n, level)})
+        return Estimate(float(value), {"examples": interval(value, replicates[:, column], n, level)}).within(
+            0, 1
+        )
 
     return LabelNoise(
         estimate(roc_auc_score(truth, values), 0),

@@ -173,7 +173,7 @@ def lds(
     weights, blocks = block_weights(kept, resamples, generator)
     score = estimate_mean(per_query, spearman(predicted, truth, weights), blocks, level, generator)
     return LDS(
-        score,
+        score.within(-1, 1),
         per_query,
         ceiling or noise_ceiling(outcomes, level=level, seed=seed),
         list(kept.query_ids or []),
@@ -205,7 +205,7 @@ def lds_difference(
     weights, blocks = block_weights(outcomes, resamples, generator)
     per_query = spearman(a, truth) - spearman(b, truth)
     resampled = spearman(a, truth, weights) - spearman(b, truth, weights)
-    return estimate_mean(per_query, resampled, blocks, level, generator)
+    return estimate_mean(per_query, resampled, blocks, level, generator).within(-2, 2)
 
 
 def predict(scores: Any, outcomes: Outcomes) -> np.ndarray:

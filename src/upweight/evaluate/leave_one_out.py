@@ -142,7 +142,7 @@ def leave_one_out(
     once = given[None]
 
     pearson, ranks = (
-        _renamed(estimate_mean(of(once)[0], of(drawn), len(examples), level, generator))
+        _renamed(estimate_mean(of(once)[0], of(drawn), len(examples), level, generator)).within(-1, 1)
         for of in (lambda at: _pearson(predicted, means, at), lambda at: spearman(predicted.T, means.T, at))
     )
     queries, each = draw_counts(len(means), resamples, generator), np.ones((1, len(means)))

@@ -37,6 +37,8 @@ from upweight.gradients.separable import Terms
 Route = Literal["ghost", "dense", "stream", "separable", "sparse"]
 TILE_BYTES = 12 << 20
 """Largest temporary of a route: small enough to stay near the processor's caches, large enough for full speed."""
+FORMED_BYTES = 28 << 20
+"""The same where gradients are formed for one product: it needs many at a time, in memory that malloc uses again."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def tiles(block: Block, budget: int = TILE_BYTES) -> Iterator[slice]:
 
 def _dense(query: Tensor, train: Block) -> Tensor:
     """One matrix product with the training gradients formed tile by tile."""
-    parts = [query @ train[rows].dense().mT for rows in tiles(train)]
+    parts = [query @ train[rows].dense().mT for rows in tiles(train, FORMED_BYTES)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
