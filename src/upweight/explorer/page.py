@@ -47,7 +47,11 @@ def build(run: Run, reviewer: str = "") -> Any:
         title=f"{short(run.experiment.name, 60)} · upweight explorer", analytics_enabled=False
     ) as page:
         gr.HTML(
-            panels.render("head.html", name=short(run.experiment.name, 80), what=short(repr(run.experiment)))
+            panels.render(
+                "head.html",
+                name=short(run.experiment.name, 80),
+                what=short(repr(run.experiment).removeprefix(f"Experiment {run.experiment.name!r}: ")),
+            )
         )
         with gr.Tabs():
             with gr.Tab("Explain"):
@@ -75,6 +79,11 @@ def theme() -> Any:
         body_background_fill_dark="#111215",
         block_background_fill="*body_background_fill",
         block_background_fill_dark="*body_background_fill",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#1a1c20",
+        input_border_color="#e4e1d8",
+        input_border_color_dark="#2c2e34",
+        input_border_width="1px",
         block_border_width="0px",
         block_shadow="none",
     )
