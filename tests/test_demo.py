@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+import upweight as uw
+from upweight.demo.closing import _decide, close_the_loop
 from upweight.demo.data import digits, flip_labels, printable
 from upweight.demo.network import (
     Recipe,
@@ -35,6 +37,7 @@ from upweight.demo.proof import (
 from upweight.demo.results import Settings
 from upweight.demo.run import choose_queries, run_demo
 from upweight.errors import UpweightError
+from upweight.repair.issue_table import IssueTable
 from upweight.scores import Scores
 
 QUICK = Recipe(epochs=3, fewest_batches=3)
@@ -239,6 +242,9 @@ def test_figures_file_says_what_was_found(run):
     assert figures["flipped"] == 30 and figures["seed"] == 3
     assert figures["detection"]["loss"]["auroc"] == pytest.approx(run.detections[1].auroc)
     assert figures["removal"]["queries"] == 2 and figures["removal"]["seeds"] == 2
+    repair = figures["repair"]
+    assert repair["test_accuracy"]["before"] == pytest.approx(run.accuracy)
+    assert repair["right"] <= repair["decided"] == repair["flagged"]
 
 
 def test_tables_say_what_was_found(run, printed):
@@ -259,6 +265,69 @@ def test_without_retraining_the_proof_is_left_out(tmp_path):
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert run.agreement is None and run.figures()["removal"] is None
     assert "Proof 2" not in printed.getvalue() and "Does retraining" not in page
+
+
+# The closed loop --------------------------------------------------------------------------------------------------
+
+
+def test_the_loop_repairs_the_network_by_the_audits_suggestions_alone(run):
+    """Flips are known to the test, and to nothing in the loop."""
+    closing, out = run.closing, run.settings.out
+    table = IssueTable.load(out)
+    suggested = table.suggestions()
+    truth = dict(zip(run.images.train.ids, run.images.train.labels.tolist()))
+    assert (
+        uw.Decisions(out / "decisions.sqlite").labels() == suggested and len(suggested) == closing.decided > 5
+    )
+    assert closing.right == sum(truth[name] == label for name, label in suggested.items())
+    assert closing.right > 0.7 * closing.decided
+    assert list(closing.loss) == ["before", "repaired", "retrained"]
+    assert closing.loss["repaired"] < closing.loss["before"] > closing.loss["retrained"]
+    assert (out / "repair" / "verify.json").is_file() and closing.report == out / "report.html"
+
+
+def test_what_somebody_decided_before_counts(run):
+    settings = replace(run.settings, retrain_queries=0)
+    decisions = uw.Decisions(settings.out / "decisions.sqlite")
+    first, second, *rest = decisions.labels()
+    decisions.set(first, "keep", reviewer="ada")
+    decisions.set(second, "drop", reviewer="ada")
+    model = train_network(run.images.train.inputs, run.given, 10, settings.seed)
+    method = uw.Influence(model, uw.Classification(), damping=0.01)
+    method.fit((run.images.train.inputs, run.given), ids=run.images.train.ids)
+    closing = close_the_loop(settings, run.images, run.given, model, method)
+    assert closing.decided == 1 + len(rest) and "retrained" not in closing.loss
+    assert list(decisions.labels()) == rest and decisions.remove() == [second]
+
+
+def test_the_other_commands_work_on_the_demos_run(run, upweight):
+    """Audit, repair and report from the shell, on the experiment that the demo wrote."""
+    out = str(run.settings.out)
+    experiment = uw.Experiment.load(run.closing.address)
+    assert experiment.train.fingerprint() == uw.Examples((run.images.train.inputs, run.given)).fingerprint()
+    assert predictions(experiment.model, run.images.test.inputs, run.images.test.labels)[
+        1
+    ].double().mean().item() == (pytest.approx(run.closing.loss["before"], rel=1e-5))
+    code, text, _ = upweight("audit", run.closing.address, "--out", out, "--kinds", "label", "--json")
+    assert code == 0 and json.loads(text)["experiment"] == experiment.name
+    options = ("--method", "corrected", "--l2", "0.01", "--convention", "sum", "--json")
+    code, text, _ = upweight("repair", run.closing.address, "--out", out, *options)
+    assert code == 0 and "decisions.sqlite" in json.loads(text)["source"]
+    code, text, _ = upweight("report", run.closing.address, "--out", out)
+    assert code == 0
+
+
+def test_decisions_of_a_demo_on_other_images_are_moved_away(tmp_path):
+    file = tmp_path / "decisions.sqlite"
+    uw.Decisions(file, "another demo").set(1, "drop")
+    table = IssueTable.of_rows(
+        [
+            {"id": 5, "position": 5, "issue": "label", "is_issue": True, "score": 0.1, "rank": 1}
+            | {"given_label": 0, "predicted_label": 3}
+        ]
+    )
+    assert _decide(file, "this demo", table).labels() == {5: 3}
+    assert uw.Decisions(tmp_path / "decisions.1.sqlite").remove() == [1]
 
 
 # Page -------------------------------------------------------------------------------------------------------------

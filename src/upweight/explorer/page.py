@@ -30,7 +30,7 @@ PER_LAYER = 40
 
 def asset(name: str) -> str:
     """A file of the page."""
-    return resources.files("upweight.explorer").joinpath("assets", name).read_text(encoding="utf-8")
+    return resources.files("upweight.explorer").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
 
 
 def build(run: Run, reviewer: str = "") -> Any:
@@ -47,7 +47,11 @@ def build(run: Run, reviewer: str = "") -> Any:
         title=f"{short(run.experiment.name, 60)} · upweight explorer", analytics_enabled=False
     ) as page:
         gr.HTML(
-            panels.render("head.html", name=short(run.experiment.name, 80), what=short(repr(run.experiment)))
+            panels.render(
+                "head.html",
+                name=short(run.experiment.name, 80),
+                what=short(repr(run.experiment).removeprefix(f"Experiment {run.experiment.name!r}: ")),
+            )
         )
         with gr.Tabs():
             with gr.Tab("Explain"):
@@ -66,7 +70,7 @@ def theme() -> Any:
     """Calm, with fonts that are on every machine."""
     import gradio as gr
 
-    fonts: Any = {
+    fonts: dict[str, Any] = {
         "font": ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         "font_mono": ["ui-monospace", "Menlo", "monospace"],
     }
@@ -75,6 +79,11 @@ def theme() -> Any:
         body_background_fill_dark="#111215",
         block_background_fill="*body_background_fill",
         block_background_fill_dark="*body_background_fill",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#1a1c20",
+        input_border_color="#e4e1d8",
+        input_border_color_dark="#2c2e34",
+        input_border_width="1px",
         block_border_width="0px",
         block_shadow="none",
     )
@@ -136,14 +145,11 @@ def _explain_tab(gr: Any, page: Any, run: Run) -> None:
         return panels.explanation(run, values[0], values[1], values[2], _all(values[3]), int(values[4]))
 
     def choose(key: str, at: float, of: int, event: Any) -> tuple[str, float, str]:
-        key = str(getattr(event, "_data", {}).get("query", key))
-        at = int(getattr(event, "_data", {}).get("page", at))
+        asked = event._data or {}
+        key, at = str(asked.get("query", key)), int(asked.get("page", at))
         return key, at, panels.query_list(run, _all(of), at, key)
 
-    def choose_event(key: str, at: float, of: int, event: Any) -> tuple[str, float, str]:
-        return choose(key, at, of, event)
-
-    choose_event.__annotations__["event"] = gr.EventData
+    choose.__annotations__["event"] = gr.EventData  # by which gradio knows what to pass
 
     def ask_for(file: str | None, text: str, target: int) -> tuple[str, str]:
         try:
@@ -154,7 +160,7 @@ def _explain_tab(gr: Any, page: Any, run: Run) -> None:
         return run.add(upload), HERE
 
     explained = _answered(explain)
-    listed.select(choose_event, [key, at, of], [key, at, listed], **_quiet())
+    listed.select(choose, [key, at, of], [key, at, listed], **_quiet())
     of.change(
         lambda key, of: (0, panels.query_list(run, _all(of), 0, key)), [key, of], [at, listed], **_quiet()
     )

@@ -10,7 +10,7 @@ def short(text: object, longest: int = LONGEST) -> str:
     r"""A text on one line, cut with a note of what is missing; controls and writing direction marks as ``?``.
 
     >>> short("cat" + chr(0x202E) + "\n dog"), short("a" * 500)[-25:]
-    ('cat? dog', 'aaaa (100 more characters)')
+    ('cat? dog', 'aaa (100 more characters)')
     """
     whole = str(text)
     cut = " ".join(whole[: longest * 4].split())[:longest]
