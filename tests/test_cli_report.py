@@ -160,8 +160,12 @@ def test_a_template_runs_from_attribute_to_report(upweight, place, kind):
     experiment = uw.Experiment.load(address)
     half = range(0, experiment.train.n, 2)
     first, again, other = (experiment.train_fn(np.array(half), seed) for seed in (0, 0, 1))
-    states = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, again, other)]
-    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+    changed = experiment.train_fn(np.array(half), 0, labels={2: 0, 4: 0, 6: 0, 8: 0})
+    states = [
+        torch.cat([p.flatten() for p in model.parameters()]) for model in (first, again, other, changed)
+    ]
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2]) and not torch.equal(states[0], states[3])
 
 
 def test_a_table_of_numbers_becomes_a_regression(upweight, place):
