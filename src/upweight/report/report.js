@@ -98,7 +98,7 @@
     } else if (name === "score") {
       const score = columns.score[row];
       if (score === null) return made;
-      made.append(score.toFixed(3));
+      made.append(score > 0 && score < 0.0005 ? "<0.001" : score.toFixed(3));
     } else if (name === "influence") {
       made.className = columns.influence[row] === null ? "num none" : "num";
       made.append(number(columns.influence[row]));
