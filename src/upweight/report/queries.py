@@ -27,7 +27,7 @@ QUERIES = 12
 PREDICTED = 4000
 """Queries whose prediction is looked at, to show misclassified ones first."""
 
-COLUMNS = 8
+COLUMNS = 7
 """Features of a table's row that are shown."""
 
 WORDS = 600

@@ -41,6 +41,22 @@
     return keys;
   };
 
+  // All rows in the order of one column, worked out once: searching and filtering then only walk along it.
+  const orders = new Map();
+  const ordered = () => {
+    const name = `${state.sort} ${state.up}`;
+    if (!orders.has(name)) {
+      const keys = keysOf(state.sort), sign = state.up ? 1 : -1;
+      const order = Int32Array.from({ length: count }, (_, row) => row).sort((a, b) => {
+        const x = keys[a], y = keys[b];
+        if (x !== x || y !== y) return (x !== x) - (y !== y) || a - b; // what is not known comes last
+        return sign * (x - y) || a - b;
+      });
+      orders.set(name, order);
+    }
+    return orders.get(name);
+  };
+
   let rows = [];
   const choose = () => {
     const wanted = state.words.trim().toLowerCase();
@@ -48,19 +64,13 @@
     const searched = ["id", "given_label", "predicted_label", "related_id"].filter((name) => columns[name]);
     const kind = state.kind ? texts.indexOf(state.kind) : -1, label = state.label ? texts.indexOf(state.label) : -1;
     const kept = [];
-    for (let row = 0; row < count; row++) {
+    for (const row of ordered()) {
       if (state.only && !flagged[row]) continue;
       if (kind >= 0 && columns.issue[row] !== kind) continue;
       if (label >= 0 && columns.given_label[row] !== label) continue;
       if (hit && !searched.some((name) => columns[name][row] >= 0 && hit[columns[name][row]])) continue;
       kept.push(row);
     }
-    const keys = keysOf(state.sort), sign = state.up ? 1 : -1;
-    kept.sort((a, b) => {
-      const x = keys[a], y = keys[b];
-      if (x !== x || y !== y) return (x !== x) - (y !== y) || a - b; // what is not known comes last
-      return sign * (x - y) || a - b;
-    });
     rows = kept;
   };
 
@@ -88,7 +98,7 @@
     } else if (name === "score") {
       const score = columns.score[row];
       if (score === null) return made;
-      made.append(score.toFixed(3));
+      made.append(score > 0 && score < 0.0005 ? "<0.001" : score.toFixed(3));
     } else if (name === "influence") {
       made.className = columns.influence[row] === null ? "num none" : "num";
       made.append(number(columns.influence[row]));

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,10 +87,10 @@ def read_run(folder: Path, experiment: Experiment | None = None) -> RunFiles:
             f"the run folder {folder} {what} -> upweight attribute EXPERIMENT --out {folder} makes it"
         )
     run = RunFiles(folder)
-    run.evaluation = _json(run, "evaluate.json", ("experiment", "methods"))
+    run.evaluation = _json(run, "evaluate.json", {"experiment": str, "methods": list})
     run.issues = _issues(run)
-    run.repair = _json(run, "repair/repair.json", ("method", "evidence"))
-    run.verification = _json(run, "repair/verify.json", ())
+    run.repair = _json(run, "repair/repair.json", {"method": str, "evidence": dict})
+    run.verification = _json(run, "repair/verify.json", {"prediction_distance": dict})
     run.log, run.log_length = _log(run)
     if experiment is not None:
         _only_of(run, experiment)
@@ -99,7 +99,7 @@ def read_run(folder: Path, experiment: Experiment | None = None) -> RunFiles:
     return run
 
 
-def _json(run: RunFiles, name: str, keys: Sequence[str]) -> dict[str, Any] | None:
+def _json(run: RunFiles, name: str, kinds: Mapping[str, type]) -> dict[str, Any] | None:
     path = run.folder / name
     if not path.exists():
         return None
@@ -108,14 +108,14 @@ def _json(run: RunFiles, name: str, keys: Sequence[str]) -> dict[str, Any] | Non
     except (OSError, ValueError, RecursionError) as error:
         run.notices.append(f"{name} cannot be read ({type(error).__name__}): it is left out. Write it again.")
         return None
-    if not isinstance(content, dict) or any(key not in content for key in keys):
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), v) for k, v in kinds.items()):
         run.notices.append(f"{name} is not what its name says: it is left out. Write it again.")
         return None
     return content
 
 
 def _issues(run: RunFiles) -> dict[str, Any] | None:
-    content = _json(run, "issues.json", ("columns",))
+    content = _json(run, "issues.json", {"columns": dict})
     if content is None:
         return None
     columns = content["columns"]
