@@ -32,10 +32,12 @@ from upweight.attributors.baselines.confident_learning import _out_of_fold
 from upweight.repair.evidence import Evidence, Options
 from upweight.repair.suspicion import suspicion
 from upweight.repair.thresholds import expected_precision_cut
+from upweight.repair.validation_effect import ValidationEffect
 
 KEPT = (1, 2, 3, 5, 7, 10, 14, 20)
 EARLY, EL2N_UP_TO = 7, 3
 FOLDS = 3
+TRUSTED = 1000
 PRECISIONS = (0.5, 0.8, 0.9)
 SETTINGS = {
     "worse": ("worse", DECAY),
@@ -92,7 +94,9 @@ def out_of_fold(noise: str, images: Noisy, seed: int, bank: Path) -> tuple[np.nd
 # Detectors ------------------------------------------------------------------------------------------------------------
 
 
-def detectors(run: Run, images: Noisy, probabilities: np.ndarray) -> dict[str, tuple[str, Callable[[], Any]]]:
+def detectors(
+    run: Run, images: Noisy, probabilities: np.ndarray | None, decay: float
+) -> dict[str, tuple[str, Callable[[], Any]]]:
     """{name: (kind, function without arguments that returns scores [n])}; kinds are "influence" and "other"."""
     model, kept = run
     pair = (images.x, images.given)
@@ -112,8 +116,26 @@ def detectors(run: Run, images: Noisy, probabilities: np.ndarray) -> dict[str, t
     quiet = {"progress": False}
     si = {
         curvature: uw.Influence(model, TASK, curvature=curvature, **quiet)
-        for curvature in ("identity", "diagonal", "kfac", "ekfac")
+        for curvature in ("identity", "diagonal", "kfac")
     }
+    fitted: list[uw.Influence] = []
+
+    def ekfac(damping: Any) -> Any:
+        """Self-influence by one fit of EK-FAC for all dampings."""
+        if not fitted:
+            fitted.append(uw.Influence(model, TASK, **quiet).fit(pair))
+        return fitted[0].with_damping(damping).self_influence().values.numpy()
+
+    def harm() -> Any:
+        """What each image does to the mean loss of the first thousand test images, whose labels are right."""
+        ekfac("auto")
+        held_out = uw.Examples(tuple(t[:TRUSTED] for t in test_data()))
+        return -ValidationEffect(fitted[0].with_damping(decay), held_out).removal()
+
+    def left_out() -> Any:
+        """Loss without the example itself, as predicted: its loss and its self-influence."""
+        return own(uw.Loss(model, TASK, **quiet))() + ekfac(decay)
+
     last = r"^12\."
     traced = {"checkpoints": states, "learning_rates": rates, **quiet}
     return {
@@ -130,7 +152,10 @@ def detectors(run: Run, images: Noisy, probabilities: np.ndarray) -> dict[str, t
         "self-influence, identity": ("influence", own(si["identity"])),
         "self-influence, diagonal": ("influence", own(si["diagonal"])),
         "self-influence, K-FAC": ("influence", own(si["kfac"])),
-        "self-influence, EK-FAC": ("influence", own(si["ekfac"])),
+        "self-influence, EK-FAC": ("influence", lambda: ekfac("auto")),
+        "self-influence, EK-FAC, damping = weight decay": ("influence", lambda: ekfac(decay)),
+        "loss + self-influence, EK-FAC": ("influence", left_out),
+        f"harm to {TRUSTED:,} clean images, EK-FAC": ("influence", harm),
         "self-influence, EK-FAC, last layer": (
             "influence",
             own(uw.Influence(model, TASK, parameters=last, **quiet)),
@@ -157,7 +182,7 @@ def scored(
     """{detector: scores, kind, CPU seconds}, kept one file a detector."""
     path.mkdir(parents=True, exist_ok=True)
     found = {}
-    for name, (kind, function) in detectors(run, images, probabilities).items():
+    for name, (kind, function) in detectors(run, images, probabilities, SETTINGS[noise][1]).items():
         file = path / ("".join(c if c.isalnum() else "-" for c in name.lower()) + ".npz")
         if not file.exists():
             if name in skip or (names and name not in names):
@@ -201,13 +226,18 @@ def thresholds(
     """What the wanted precision of `audit` becomes in reality, by the evidence that it is calibrated with."""
     examples, wrong = uw.Examples((images.x, images.given)), images.wrong.numpy()
     rows = []
-    for source, options in (("neighbours", {}), ("out-of-fold", {"probabilities": probabilities})):
+    held_out = uw.Examples(tuple(t[:TRUSTED] for t in test_data()))
+    for source, options, trusted in (
+        ("neighbours", {}, None),
+        (f"neighbours, {TRUSTED:,} clean images", {}, held_out),
+        ("out-of-fold", {"probabilities": probabilities}, None),
+    ):
         if source == "out-of-fold" and probabilities is None:
             continue
-        evidence = Evidence(run[0], TASK, examples, Options(progress=False, **options))
+        evidence = Evidence(run[0], TASK, examples, Options(progress=False, **options), trusted)
         posterior = evidence.posterior
         assert posterior is not None
-        for name in ("loss", "AUM", "TracIn, last layer", "kNN, 50", "confident learning"):
+        for name in ("loss", "AUM", "confident learning"):
             if name not in found:
                 continue
             for precision in PRECISIONS:

@@ -28,7 +28,7 @@ def test_help_of_the_demo_teaches(upweight, flag):
         assert words in out
 
 
-@pytest.mark.parametrize("command", ["attribute", "evaluate"])
+@pytest.mark.parametrize("command", ["attribute", "audit", "evaluate"])
 def test_help_of_the_commands_on_an_experiment_teaches(upweight, command):
     code, out, _ = upweight(command, "--help")
     assert code == 0

@@ -101,7 +101,7 @@ def audit(
         UpweightError: what is wrong with the model, the task or the data, or what a detector lacks, in one line.
 
     Cost: embeddings and losses cost a forward pass; self-influence and influence on the validation data the fit of
-    `Influence` and four more passes; neighbours n^2 d multiplications.
+    `Influence` and four more passes; neighbours n^2 d multiplications. A few tables of n x classes are held in memory.
 
     Fails when: the network has learnt wrong labels by heart: its losses, margins and gradients hide them, and its
     embeddings put them among their wrong class. Give checkpoints, a log, or train_fn.
