@@ -12,7 +12,7 @@ All k vectors go through the second backward pass at once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,20 +109,35 @@ class TwiceDifferentiated:
         return filled[0] if single else dict(zip(into, filled, strict=True))
 
     def _vector_jacobian(self, sources: list[Tensor], targets: list[Tensor], vectors: list[Tensor]) -> Any:
-        def once(weights: list[Tensor], batched: bool) -> Any:
-            return torch.autograd.grad(
-                sources, targets, weights, retain_graph=True, allow_unused=True, is_grads_batched=batched
-            )
+        def once(*weights: Tensor) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(sources, targets, weights, retain_graph=True, allow_unused=True)
 
         if self._vectorises:
             try:
-                return once([v.contiguous() for v in vectors], True)
+                return _vectorised(once, vectors)
             except (RuntimeError, NotImplementedError) as error:
                 if "not implemented" in str(error) and "derivative" in str(error):
                     raise
                 self._vectorises = False  # some kernel cannot be vectorised: one vector at a time
-        rows = [once([v[j] for v in vectors], False) for j in range(len(vectors[0]))]
+        rows = [once(*(v[j] for v in vectors)) for j in range(len(vectors[0]))]
         return [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+
+def _vectorised(once: Callable[..., tuple[Tensor | None, ...]], vectors: list[Tensor]) -> list[Tensor | None]:
+    """`once` for every row of the vectors together; None where it gives None.
+
+    By torch.func's vmap: the one behind ``is_grads_batched`` goes through GELU's and softmax's second derivatives one
+    row at a time.
+    """
+    connected: list[bool] = []
+
+    def tensors(*weights: Tensor) -> list[Tensor]:
+        found = once(*weights)
+        connected[:] = [part is not None for part in found]
+        return [part for part in found if part is not None]
+
+    values = iter(torch.func.vmap(tensors)(*(v.contiguous() for v in vectors)))
+    return [next(values) if there else None for there in connected]
 
 
 def _chunks(x: Mapping[str, Tensor], chunk: int) -> Iterator[slice]:
