@@ -23,6 +23,7 @@ def indefinite(size: int, negative: int):
 @pytest.mark.parametrize("negative", [0, 1, 2, 13, 40])
 def test_the_inertia_of_a_hessian_is_counted_without_its_spectrum(negative: int, monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", None)
+    monkeypatch.setattr("upweight.curvature.solvers.direct.LANCZOS_STEPS", 40)  # exact
     operator = DenseOperator(with_eigenvalues(indefinite(40, negative)), positive=False)
     b = columns(40, 3)
     solution = Direct().solve(operator, b, 0.6)
@@ -32,6 +33,15 @@ def test_the_inertia_of_a_hessian_is_counted_without_its_spectrum(negative: int,
     assert notes["negative_eigenvalues"] == negative
     assert notes["smallest_eigenvalue"] == pytest.approx(float(values.min()), abs=1e-10)
     assert notes["largest_eigenvalue"] == pytest.approx(float(values.max()), abs=1e-10)
+
+
+def test_the_ends_of_a_large_spectrum_are_found_nearly():
+    """Ritz values lie within the spectrum; the smallest, by the inverse, is much the more accurate."""
+    values = indefinite(200, 20)
+    operator = DenseOperator(with_eigenvalues(values), positive=False)
+    notes = Direct().solve(operator, columns(200, 2), 0.52).info.notes
+    assert -0.5 - 1e-12 <= notes["smallest_eigenvalue"] < -0.4999
+    assert 2.9 < notes["largest_eigenvalue"] <= 3 + 1e-12
 
 
 def test_blocks_of_two_rows_count_once():

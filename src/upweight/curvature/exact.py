@@ -33,6 +33,8 @@ VECTORS = 64
 UNITS = 384
 """Columns of the identity that a dense matrix is made from at a time."""
 SYMMETRY_EXAMPLES = 8
+PRODUCT_BYTES = 64 << 20
+"""Working memory of differentiating twice."""
 ACTIVATION_COPIES = 8
 """Differentiating twice holds about this many times the bytes of a batch's factors for every vector."""
 
@@ -186,7 +188,7 @@ class ExactCurvature:
         total: Tensor | None = None
         for batch, ids in batches:
             size = ACTIVATION_COPIES * self._example_bytes * len(ids) + 4 * x.element_size() * self.size
-            chunk = max(1, int(min(BATCH_BYTES, self.memory * BATCH_SHARE) / size))
+            chunk = max(1, int(min(PRODUCT_BYTES, self.memory * BATCH_SHARE) / size))
             found = self._twice.product(batch, ids, vectors, chunk)
             flat = from_parameters(layers, found)
             total = flat if total is None else total.double().add_(flat)

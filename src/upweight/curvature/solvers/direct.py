@@ -22,7 +22,7 @@ from upweight.errors import UpweightError
 
 EIGEN_UP_TO = 1024
 """Matrices up to this size are always diagonalised: it takes a second, and every other damping is then free."""
-LANCZOS_STEPS = 60
+LANCZOS_STEPS = 24
 """For the ends of a Hessian's spectrum."""
 ACCURACY = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Relative residual that a solution is promised to have, by the dtype that products are computed in."""
@@ -96,7 +96,7 @@ class Direct:
             check_definite(values, damping)
             x = vectors @ ((vectors.T @ right) / (values + damping)[:, None])
         else:
-            x = torch.cholesky_solve(right, self._cholesky(operator, damping))
+            x = cholesky_solve(right, self._cholesky(operator, damping))
         return x.to(b.dtype)
 
     def half(self, operator: LinearOperator, b: Tensor, damping: float) -> Tensor:
@@ -133,7 +133,7 @@ class Direct:
     def _ends(self, operator: LinearOperator, damping: float) -> dict[str, Any]:
         """What a Hessian's spectrum would tell, without it."""
         H, factor = self._matrix(operator), self._cholesky(operator, damping)
-        inverse = _Products(lambda x: torch.cholesky_solve(x, factor), len(H))
+        inverse = _Products(lambda x: cholesky_solve(x, factor), len(H))
         values = torch.stack(
             [
                 lanczos_values(_Products(lambda x: H @ x, len(H)), H).max(),
@@ -150,9 +150,11 @@ class Direct:
 
     def _cholesky(self, operator: LinearOperator, damping: float) -> Tensor:
         if self._factor is None or self._factor[0] != damping:
-            damped = self._matrix(operator).clone()
-            damped.diagonal().add_(damping)
-            factor, failed = torch.linalg.cholesky_ex(damped)
+            self._factor = None  # two of them need not fit
+            factor = self._matrix(operator).clone().mT  # in the order of LAPACK, which overwrites it
+            factor.diagonal().add_(damping)
+            failed = torch.empty((), dtype=torch.int32, device=factor.device)
+            torch.linalg.cholesky_ex(factor, out=(factor, failed))
             if int(failed):  # name the eigenvalue
                 check_definite(torch.linalg.eigvalsh(self._matrix(operator)), damping)
                 raise UpweightError(f"Cholesky failed at damping={damping:g} -> use a larger damping")
@@ -182,9 +184,15 @@ class _Products:
     size: int
 
 
-def lanczos_values(operator: _Products, like: Tensor, steps: int = LANCZOS_STEPS) -> Tensor:
-    """Ritz values of a symmetric matrix, whose ends are those of its spectrum."""
-    return torch.linalg.eigvalsh(lanczos(operator, like, min(steps, operator.size), seed=0)[1])
+def cholesky_solve(b: Tensor, factor: Tensor) -> Tensor:
+    """``(L L^T)^-1 b``; torch's own copies the factor each time, which takes longer than a few vectors do."""
+    half = torch.linalg.solve_triangular(factor, b, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
+
+def lanczos_values(operator: _Products, like: Tensor) -> Tensor:
+    """Ritz values of a symmetric matrix, of which the ends are near those of its spectrum, and within them."""
+    return torch.linalg.eigvalsh(lanczos(operator, like, min(LANCZOS_STEPS, operator.size), seed=0)[1])
 
 
 def negative_eigenvalues(H: Tensor, noise: float) -> int:
