@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upweight.curvature.gram import cholesky_solve
 from upweight.curvature.solvers.arnoldi import lanczos
 from upweight.curvature.solvers.base import (
     LinearOperator,
@@ -182,12 +183,6 @@ class _Products:
 
     product: Callable[[Tensor], Tensor]
     size: int
-
-
-def cholesky_solve(b: Tensor, factor: Tensor) -> Tensor:
-    """``(L L^T)^-1 b``; torch's own copies the factor each time, which takes longer than a few vectors do."""
-    half = torch.linalg.solve_triangular(factor, b, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def lanczos_values(operator: _Products, like: Tensor) -> Tensor:
