@@ -2,6 +2,7 @@
 
     python benchmarks/solver_ladder.py                            an MLP and a CNN, float32, damping 1e-3
     python benchmarks/solver_ladder.py cnn --float64 --damping 1e-4 --json out.json
+    python benchmarks/solver_ladder.py --markdown out.json more.json      the tables of docs/guide/which_method.md
 
 Truth: the Gauss-Newton matrix of all training examples as a dense float64 matrix, made by torch.func, with the
 penalty of the training objective and the damping, inverted by Cholesky. Every row is a fresh interpreter; seconds are
@@ -126,6 +127,80 @@ def show(console: Console, result: dict[str, Any]) -> None:
     console.print()
 
 
+# ---------------------------------------------------------------------------------------------- tables for the docs
+
+NAMES = {
+    "block CG, sketch": "**`cg`, the default**",
+    "block CG": "`cg` without preconditioner",
+    "block CG, diagonal": "`cg`, diagonal",
+    "block CG, EK-FAC": "`cg`, EK-FAC",
+    "CG, one by one": "`cg`, not in blocks, without",
+    "Nystrom, 400": "`nystrom`, rank 400",
+    "Nystrom, 100": "`nystrom`, rank 100",
+    "Arnoldi, 100": "`arnoldi`, rank 100",
+    "LiSSA, 1000 of 100": "`lissa`, 1,000 terms of 100 examples",
+    "LiSSA, 200 terms": "`lissa`, 200 terms of all",
+    **{name: f"`{name.lower()}`" for name in ("direct", "dual", "ASTRA", "diagonal", "identity")},
+    **{"EK-FAC": "`ekfac`", "K-FAC": "`kfac`"},
+}
+STEPS = {
+    "CG, one by one": "plain",
+    "block CG": "block",
+    "block CG, diagonal": "block, diagonal",
+    "block CG, EK-FAC": "block, EK-FAC",
+    "CG one by one, sketch": "plain, sketch",
+    "block CG, sketch": "**block, sketch**: the default",
+}
+
+
+def merged(files: list[Path]) -> dict[str, Any]:
+    """What several runs found, the last one that has a row or the second table of a model counting."""
+    out: dict[str, Any] = {}
+    for file in files:
+        for model, found in json.loads(file.read_text()).items():
+            known = out.setdefault(model, {"rows": {}, "iterations": {}})
+            known["model"] = found["model"]
+            known["rows"] |= found["rows"]
+            known["iterations"] = found["iterations"] or known["iterations"]
+    return out
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Both tables, of all models side by side."""
+    heads = {model: found["model"]["title"].split()[0] for model, found in results.items()}
+    columns = [f"{head}: error | rank | products | seconds | peak MB" for head in heads.values()]
+    lines = ["| method | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (5 * len(columns))]
+    for row in ROWS:
+        cells = [cell for found in results.values() for cell in _cells(found["rows"][row])]
+        lines.append(f"| {NAMES.get(row, row)} | " + " | ".join(cells) + " |")
+    dampings = [f"{damping:g}" for damping in DAMPINGS]
+    titles = [f"{head}, damping {damping}" for head in heads.values() for damping in dampings]
+    lines += ["", "| | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
+    for step, label in STEPS.items():
+        found = [results[model]["iterations"][step][damping] for model in heads for damping in dampings]
+        cells = [
+            f"{f['iterations']} ({f['products']:,.0f})" + ("" if f["converged"] else " !") for f in found
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Error, rank correlation, products, seconds and memory of one row."""
+    if "refused" in row:
+        return ["refused", "", "", "", ""]
+    error = ""
+    if row["error"] is not None:
+        error = f"{row['error']:.0e}".replace("e-0", "e-") if row["error"] < 0.01 else f"{row['error']:.2g}"
+    return [
+        error + (" !" if row["converged"] is False else ""),
+        f"{row['spearman']:.3f}",
+        f"{row['products']:,.0f}" if row["products"] else "",
+        f"{row['fit'] + row['score']:.2g}",
+        f"{(row['peak_bytes'] - row['start_bytes']) / 1e6:.0f}",
+    ]
+
+
 def main() -> None:
     """Parse the command line, run, print."""
     parser = argparse.ArgumentParser(
@@ -144,7 +219,13 @@ def main() -> None:
         "--folder", type=Path, help="keep the trained models and the truth here, and reuse them"
     )
     parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument(
+        "--markdown", type=Path, nargs="+", metavar="JSON", help="measure nothing; tables of these files"
+    )
     args = parser.parse_args()
+    if args.markdown:
+        print(markdown(merged(args.markdown)))
+        return
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     results = {}
     for model in MODELS if args.model == "all" else (args.model,):

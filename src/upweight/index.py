@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from upweight.curvature import Curvature, Inverse
@@ -223,6 +222,8 @@ def _pick(whitened: Tensor, coordinates: Tensor) -> Tensor:
 
 def _ranks_agree(scores: Tensor, exact: Tensor) -> float:
     """Mean over queries of the rank correlation."""
+    from scipy.stats import rankdata  # a second and 50 MB, which only this check needs
+
     ranks = [
         np.corrcoef(rankdata(a), rankdata(b))[0, 1] for a, b in zip(scores.cpu(), exact.cpu(), strict=True)
     ]

@@ -33,6 +33,8 @@ VECTORS = 64
 UNITS = 384
 """Columns of the identity that a dense matrix is made from at a time."""
 SYMMETRY_EXAMPLES = 8
+PRODUCT_BYTES = 64 << 20
+"""Working memory of differentiating twice."""
 ACTIVATION_COPIES = 8
 """Differentiating twice holds about this many times the bytes of a batch's factors for every vector."""
 
@@ -112,6 +114,7 @@ class ExactCurvature:
         self.batch_size = examples.preferred_batch_size or batch_size or chosen
         self._twice: TwiceDifferentiated | None = None
         self._roots: Kept[Root] | None = None
+        self._roots_fit = per_example * examples.n <= self.memory * KEEP_SHARE
         if self.columns:
             self._roots = Kept(
                 _RootPass(self.fisher_pass()), self.memory * KEEP_SHARE, lambda root: root.nbytes
@@ -153,18 +156,20 @@ class ExactCurvature:
         if self._twice is not None:
             batch, ids = self.data.take(positions), [self.data.ids[p] for p in positions]
             return self._regularised(self._differentiated([(batch, ids)], x, count), x)
-        return self._regularised(self._of_roots(self._sampled_roots(positions), x).div_(count), x)
+        roots = list(self._sampled_roots(positions))
+        return self._regularised(self._of_roots(roots, x, len(roots) == 1).div_(count), x)
 
     def _full(self, x: Tensor) -> Tensor:
         if self._roots is None:
             batches = ((r.batch, self.data.ids[r.start : r.stop]) for r in self.data.batches(self.batch_size))
             return self._differentiated(batches, x, self.data.n)
         roots = (step.load() for step in self._roots)
-        return self._of_roots(roots, x).div_(self.data.n)
+        return self._of_roots(roots, x, self.batch_size >= self.data.n).div_(self.data.n)
 
-    def _of_roots(self, roots: Iterable[Root], x: Tensor) -> Tensor:
+    def _of_roots(self, roots: Iterable[Root], x: Tensor, single: bool = False) -> Tensor:
         """``sum over roots of S^T S x``: sums within a batch in the model's precision, over batches in float64."""
-        out = torch.zeros(x.shape, dtype=torch.float64, device=self.tracker.device)
+        dtype = self.dtype if single else torch.float64
+        out = torch.zeros(x.shape, dtype=dtype, device=self.tracker.device)
         for root in roots:
             for a in range(0, x.shape[1], VECTORS):
                 parts = x[:, a : a + VECTORS].to(self.dtype).split(self._widths)
@@ -183,12 +188,12 @@ class ExactCurvature:
         total: Tensor | None = None
         for batch, ids in batches:
             size = ACTIVATION_COPIES * self._example_bytes * len(ids) + 4 * x.element_size() * self.size
-            chunk = max(1, int(min(BATCH_BYTES, self.memory * BATCH_SHARE) / size))
+            chunk = max(1, int(min(PRODUCT_BYTES, self.memory * BATCH_SHARE) / size))
             found = self._twice.product(batch, ids, vectors, chunk)
-            flat = from_parameters(layers, found).double()
-            total = flat if total is None else total.add_(flat)
+            flat = from_parameters(layers, found)
+            total = flat if total is None else total.double().add_(flat)
         assert total is not None
-        return total.T / count
+        return total.div_(count).T.contiguous()
 
     def _check_symmetric(self) -> None:
         """Raise if ``x . H y`` is not ``y . H x``: torch's second derivative of some operation is then wrong."""
@@ -197,6 +202,7 @@ class ExactCurvature:
         x = x.to(self.tracker.device, self.dtype)
         batch, ids = self.data.take(positions), [self.data.ids[p] for p in positions]
         Hx = self._differentiated([(batch, ids)], x, len(ids))
+        Hx = Hx.double()
         products = x.T.double() @ Hx
         gap = float((products[0, 1] - products[1, 0]).abs())
         size = float(torch.linalg.vector_norm(x[:, 0].double()) * torch.linalg.vector_norm(Hx[:, 1]))
@@ -210,6 +216,10 @@ class ExactCurvature:
 
     def _sampled_roots(self, positions: Sequence[int]) -> Iterator[Root]:
         assert self._roots is not None
+        if self._roots.share_in_memory < 1 and self._roots_fit:
+            self._roots_fit = False  # asked once
+            for step in self._roots:
+                step.load()
         if self._roots.share_in_memory < 1:
             batch, ids = self.data.take(positions), [self.data.ids[p] for p in positions]
             generator = torch.Generator().manual_seed(self.seed)

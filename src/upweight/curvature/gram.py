@@ -131,9 +131,9 @@ class GramSystem:
             values, vectors = self.spectrum
             return vectors @ ((vectors.mT @ r) / (values.clamp_min(0) + self.shift)[:, None])
         if len(self.heavy) == len(self.gram):
-            return torch.cholesky_solve(r, self.factor)
+            return cholesky_solve(r, self.factor)
         out = r * self._scale[:, None]
-        out[self.heavy] = torch.cholesky_solve(r[self.heavy], self.factor)
+        out[self.heavy] = cholesky_solve(r[self.heavy], self.factor)
         return out
 
     def _correct(self, b: Tensor, wanted: Tensor) -> tuple[Tensor, int]:
@@ -162,6 +162,12 @@ class GramSystem:
             before, gain = gain, (rest * z).sum(0)
             p = torch.addcmul(z, p, gain / before.clamp_min(tiny))
         return x.double() * scale, step
+
+
+def cholesky_solve(b: Tensor, factor: Tensor) -> Tensor:
+    """``(L L^T)^-1 b``. torch's own copies the factor each time: its memory once more, and time for a few vectors."""
+    half = torch.linalg.solve_triangular(factor, b, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def heaviest(weights: Tensor, allowance: float) -> Tensor:

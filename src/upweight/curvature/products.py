@@ -12,7 +12,7 @@ All k vectors go through the second backward pass at once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,14 +58,9 @@ class TwiceDifferentiated:
         losses = self.tracker.task.train_loss(self.tracker.model, batch)
         check_per_example(losses[..., None], n)
         grads = self._grads(losses.sum(), create_graph=True)
-        out = {name: torch.zeros_like(part) for name, part in x.items()}
-        for names in self.groups:
-            sources = [grads[name] for name in names]
-            for part in _chunks(x, chunk):
-                found = self._pull(sources, names, [x[name][part] for name in names])
-                for name, value in found.items():
-                    out[name][part] += value
-        return out
+        return self._by_chunks(
+            x, chunk, lambda names, part: self._pull([grads[name] for name in names], names, part)
+        )
 
     def _gauss_newton(self, batch: Any, n: int, x: Mapping[str, Tensor], chunk: int) -> Named:
         task = self.tracker.task
@@ -75,13 +70,27 @@ class TwiceDifferentiated:
         pulled = self._grads(outputs, u, create_graph=True)  # J^T u, linear in u
         f = outputs.detach().requires_grad_()
         slope = torch.autograd.grad(task.loss(f, targets).sum(), f, create_graph=True)[0]
-        out = {name: torch.zeros_like(part) for name, part in x.items()}
+
+        def pushed_and_pulled(names: Sequence[str], part: list[Tensor]) -> Named:
+            pushed = self._pull([pulled[name] for name in names], u, part)
+            return self._pull([outputs], names, [self._pull([slope], f, [pushed])])
+
+        return self._by_chunks(x, chunk, pushed_and_pulled)
+
+    def _by_chunks(
+        self, x: Mapping[str, Tensor], chunk: int, product: Callable[[Sequence[str], list[Tensor]], Named]
+    ) -> Named:
+        """The products of every group with its part of x, `chunk` vectors at a time."""
+        k = len(next(iter(x.values())))
+        if 0 < k <= chunk:
+            parts = [product(names, [x[name] for name in names]) for names in self.groups]
+            return {name: value for part in parts for name, value in part.items()}
+        out = {name: torch.empty_like(vectors) for name, vectors in x.items()}
         for names in self.groups:
-            for part in _chunks(x, chunk):
-                pushed = self._pull([pulled[name] for name in names], u, [x[name][part] for name in names])
-                curved = self._pull([slope], f, [pushed])
-                for name, value in self._pull([outputs], names, [curved]).items():
-                    out[name][part] += value
+            for start in range(0, k, chunk):
+                rows = slice(start, start + chunk)
+                for name, value in product(names, [x[name][rows] for name in names]).items():
+                    out[name][rows] = value
         return out
 
     def _grads(self, value: Tensor, weight: Tensor | None = None, create_graph: bool = False) -> Named:
@@ -109,26 +118,35 @@ class TwiceDifferentiated:
         return filled[0] if single else dict(zip(into, filled, strict=True))
 
     def _vector_jacobian(self, sources: list[Tensor], targets: list[Tensor], vectors: list[Tensor]) -> Any:
-        def once(weights: list[Tensor], batched: bool) -> Any:
-            return torch.autograd.grad(
-                sources, targets, weights, retain_graph=True, allow_unused=True, is_grads_batched=batched
-            )
+        def once(*weights: Tensor) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(sources, targets, weights, retain_graph=True, allow_unused=True)
 
         if self._vectorises:
             try:
-                return once([v.contiguous() for v in vectors], True)
+                return _vectorised(once, vectors)
             except (RuntimeError, NotImplementedError) as error:
                 if "not implemented" in str(error) and "derivative" in str(error):
                     raise
                 self._vectorises = False  # some kernel cannot be vectorised: one vector at a time
-        rows = [once([v[j] for v in vectors], False) for j in range(len(vectors[0]))]
+        rows = [once(*(v[j] for v in vectors)) for j in range(len(vectors[0]))]
         return [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]
 
 
-def _chunks(x: Mapping[str, Tensor], chunk: int) -> Iterator[slice]:
-    k = len(next(iter(x.values())))
-    for start in range(0, k, chunk):
-        yield slice(start, start + chunk)
+def _vectorised(once: Callable[..., tuple[Tensor | None, ...]], vectors: list[Tensor]) -> list[Tensor | None]:
+    """`once` for every row of the vectors together; None where it gives None.
+
+    By torch.func's vmap: the one behind ``is_grads_batched`` goes through GELU's and softmax's second derivatives one
+    row at a time.
+    """
+    connected: list[bool] = []
+
+    def tensors(*weights: Tensor) -> list[Tensor]:
+        found = once(*weights)
+        connected[:] = [part is not None for part in found]
+        return [part for part in found if part is not None]
+
+    values = iter(torch.func.vmap(tensors)(*(v.contiguous() for v in vectors)))
+    return [next(values) if there else None for there in connected]
 
 
 def _strided(gradient: Tensor, name: str) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from upweight.errors import UpweightError
 from upweight.task.base import Batch, FisherKind, PerExample, Task
 
+LARGEST_ROOT = 1024
+"""Outputs of an example up to which the root of its loss's Hessian is formed to count its columns."""
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -91,10 +93,10 @@ class OutputTask(Task):
     def fisher_columns(self, model: nn.Module, batch: Batch, kind: FisherKind, draws: int) -> int:
         if kind == "exact":
             with torch.no_grad():
-                outputs = self.forward(model, batch)[0]
-                return self.hessian_root(outputs.to("meta")).shape[
-                    -1
-                ]  # shapes alone: many classes make it large
+                one = self.forward(model, batch)[0][:1]
+                if one.numel() > LARGEST_ROOT:  # shapes alone; torch takes a second to learn them
+                    one = one.to("meta")
+                return self.hessian_root(one).shape[-1]
         return draws if kind == "sampled" else 1
 
     def pseudo_losses(

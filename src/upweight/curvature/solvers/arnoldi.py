@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,14 @@ from upweight.curvature.solvers.common import (
 )
 from upweight.curvature.solvers.low_rank import LowRankInverse, PerOperator, check_rank
 from upweight.errors import UpweightError
+
+
+class Products(Protocol):
+    """A symmetric matrix [size, size] by its products."""
+
+    size: int
+
+    def product(self, x: Tensor, /) -> Tensor: ...
 
 
 class Arnoldi:
@@ -106,7 +116,7 @@ class Arnoldi:
         if kept is not None:
             return kept
         rank, steps = check_rank(self.name, self.rank, operator.size), self._steps(operator)
-        basis, projected = _lanczos(operator, like, steps, self.seed)
+        basis, projected = lanczos(operator, like, steps, self.seed)
         values, vectors = torch.linalg.eigh(projected)
         top = values.abs().argsort(descending=True)[: min(rank, steps)]
         return self._kept.keep(operator, like, (values[top], basis @ vectors[:, top]))
@@ -115,7 +125,7 @@ class Arnoldi:
         return min(self.iterations, operator.size)
 
 
-def _lanczos(operator: LinearOperator, like: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
+def lanczos(operator: Products, like: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
     """An orthonormal basis V [p, steps] of the Krylov space of a random vector, and ``V^T H V``.
 
     Where the space is exhausted a fresh random direction goes on, so the basis always has `steps` columns.

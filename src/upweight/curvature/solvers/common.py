@@ -20,6 +20,7 @@ from upweight.curvature.solvers.base import (
     relative_residual,
 )
 from upweight.errors import UpweightError
+from upweight.gradients.checks import is_finite
 
 Callback: TypeAlias = Callable[[int, float], None]
 """Called after every iteration with its number and the largest relative residual known (nan where none is)."""
@@ -58,7 +59,7 @@ class System:
 
     def product(self, x: Tensor) -> Tensor:
         """``(H + damping I) x``."""
-        return finite(self.name, self.operator.product(x)) + self.damping * x
+        return finite(self.name, self.operator.product(x)).add(x, alpha=self.damping)
 
     def solution(
         self,
@@ -121,7 +122,7 @@ def _check(name: str, operator: LinearOperator, b: Tensor, damping: float) -> No
 
 def finite(name: str, product: Tensor) -> Tensor:
     """The product, or an error if it is not finite."""
-    if not bool(torch.isfinite(product).all()):
+    if not is_finite(product):
         raise UpweightError(
             f"a product of the curvature is not finite in {name} -> check the model's outputs and the data for NaN and "
             "inf, or use float64"

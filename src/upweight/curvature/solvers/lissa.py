@@ -157,7 +157,8 @@ class Lissa:
         x, last = torch.zeros_like(b), self.depth or MAX_ITER
         best, idle, term = float("inf"), 0, 0
         for term, batch in enumerate(islice(minibatches(operator.examples, batch_size, generator), last), 1):
-            x = x + scale * (b - operator.sampled_product(x, batch) - system.damping * x)
+            rest = operator.sampled_product(x, batch).add_(x, alpha=system.damping).sub_(b)
+            x = x.sub_(rest, alpha=scale)
             # The same bound on the iterates themselves: term * scale * |b|, doubled for scales between 1/s and 2/s.
             length = float(torch.linalg.vector_norm(x, dim=0).amax()) if x.numel() else 0.0
             if not length <= 2 * term * scale:
