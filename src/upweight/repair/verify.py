@@ -22,8 +22,8 @@ from upweight.errors import StoreError, UpweightError
 from upweight.evaluate.bank import RetrainingBank
 from upweight.evaluate.subsets import Subsets
 from upweight.repair.change import Change, selected
-from upweight.repair.measured import MOST, right
 from upweight.repair.log import append, read_json
+from upweight.repair.measured import MOST, right
 from upweight.repair.membership import membership_auroc
 from upweight.repair.result import LOG, Repair
 from upweight.task import BinaryClassification, Classification, OutputTask, Task
