@@ -166,7 +166,7 @@ def test_regression_bends_nothing_and_networks_have_no_certificate():
 @pytest.mark.parametrize("epsilon", [0.05, 0.5, 1.0])
 @pytest.mark.parametrize("delta", [1e-6, 1e-3, 0.1])
 def test_the_noise_is_enough_by_the_exact_law_of_the_gaussian_mechanism(epsilon, delta):
-    """ "Improving the Gaussian Mechanism for Differential Privacy" (arXiv 1805.06530), theorem 8: delta of a shift b."""
+    """By "Improving the Gaussian Mechanism for Differential Privacy" (arXiv 1805.06530), theorem 8."""
     b = 3e-4
     proof = Certificate(b / 50, 0.0, 0.0, b / 50, LOGISTIC, 50.0)
     sigma = proof.noise_scale(epsilon, delta)

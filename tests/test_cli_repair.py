@@ -110,7 +110,7 @@ def test_verification_trains_and_compares(upweight, place):
 def test_ctrl_c_leaves_the_repair_and_the_models(upweight, place):
     (place / "stop").write_text("2")
     arguments = ("repair", "images.py:again", "--remove", "3,14", "--out", "run", "--verify")
-    code, out, err = upweight(*arguments)
+    code, _, err = upweight(*arguments)
     assert code == 130 and "Traceback" not in err
     assert "the repair is in run/repair, its verification is not -> go on with: upweight repair" in err
     assert (place / "run/repair/repair.json").is_file()

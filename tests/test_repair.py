@@ -348,7 +348,7 @@ def test_held_out_data_chooses_the_step():
 def test_corrections_in_batches_take_the_objective_down():
     model = network()
     labels = {i: int(1 - problem()[1][i]) for i in range(0, 60, 6)}
-    options = {"method": "corrected", "l2": 0.01, "steps": 3, "step_size": 0.3, **QUIET}
+    options = {"method": "corrected", "l2": 0.01, "steps": 3, "correction_rate": 0.02, **QUIET}
     repair = uw.relabel(model, uw.Classification(), problem(), labels, correction_batch=20, **options)
     again = uw.relabel(model, uw.Classification(), problem(), labels, correction_batch=20, **options)
     assert repair.evidence["steps"][-1]["batches"] == 9
@@ -503,6 +503,8 @@ def test_bad_options_are_one_line_errors():
         ({"steps": 0}, "steps=0"),
         ({"steps": 3, "method": "influence"}, "steps=3 with method='influence'"),
         ({"correction_batch": 10}, "correction_batch=10 with method='newton'"),
+        ({"curvature_examples": 0}, "curvature_examples=0"),
+        ({"correction_rate": 0.0}, "correction_rate=0"),
         ({"tolerance": -1.0}, "tolerance=-1"),
         ({"damping": -1.0}, "damping=-1"),
         ({"dampin": 1.0}, "no option 'dampin' -> damping="),

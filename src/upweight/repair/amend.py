@@ -42,7 +42,7 @@ from upweight.repair.measured import (
 from upweight.repair.objective import Objective, by_parameter, losses_of, summed_gradient
 from upweight.repair.options import Options, Settings, read_options
 from upweight.repair.result import Repair
-from upweight.repair.vectors import Vector, combine, norm, scaled
+from upweight.repair.vectors import Vector, combine, norm
 from upweight.task import Task
 
 SLOWEST_PASS = 512
@@ -319,17 +319,10 @@ class _Work:
         objective = Objective(
             tracker, task, after, divisor, by_parameter(settings.l2, tracker), self.batch_size
         )
-        start = {name: p.detach().double().clone() for name, p in tracker.parameters.items()}
-        gradient = objective.gradient()
-        own = self._own_gradient(tracker, examples, objective)
-        tilt = scaled(gradient, 0.0) if settings.finish else combine(gradient, own, -1)
-        first = gradient if settings.finish else own
-        self.training_gradient = norm(combine(gradient, own, -1))
         descent = Descent(
             objective,
-            tilt,
-            start,
-            first,
+            self._own_gradient(tracker, examples, objective),
+            settings.finish,
             None if self.validation is None else self._held_out,
             not change.labels and not change.weights,
             settings.step_size,
@@ -383,7 +376,6 @@ class _Work:
         self._place(self.start)
         try:
             before = {name: measure(tracker, task, data, size) for name, (data, _) in groups.items()}
-            residual_before = norm(objective.gradient())
             predicted = {
                 name: predicted_change(tracker, task, data, u, size) for name, (data, _) in groups.items()
             }
@@ -404,15 +396,11 @@ class _Work:
             else "held-out data"
             if self.validation is not None and settings.method != "trust_region"
             else "the changed training objective",
-            "objective": {
-                "predicted": sum(r["predicted"] for r in records),
-                "actual": sum(r["actual"] for r in records),
-                "trust_ratio": descent.trust_ratio(),
-            },
+            "objective": descent.summary(),
             "residual_gradient_norm": {
-                "before": residual_before,
+                "before": norm(descent.full),
                 "after": residual_after,
-                "training_left": self.training_gradient,
+                "training_left": norm(combine(descent.full, descent.own, -1)),
             },
             "groups": {
                 name: group_evidence(before[name], after[name], predicted[name], of)

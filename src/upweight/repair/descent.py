@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from upweight.errors import UpweightError
 from upweight.repair.objective import Objective
-from upweight.repair.vectors import Vector, combine, dot, norm, place, values_of
+from upweight.repair.vectors import Vector, combine, dot, norm, place, scaled, values_of
 
 HALVINGS = 12
 ARMIJO = 1e-4
@@ -36,9 +37,8 @@ class Descent:
 
     Attributes:
         objective: J'.
-        tilt: a.
-        start: theta_0.
-        first: its gradient at theta_0.
+        own: the change's own gradient at theta_0.
+        finish: whether what training left undone is to be done too: no tilt.
         held_out: ``() -> losses of the held-out examples`` at the model's weights, or None.
         removes: whether the change only takes examples away.
         step_size: what the user fixed, or None.
@@ -46,27 +46,40 @@ class Descent:
     """
 
     objective: Objective
-    tilt: Vector
-    start: Vector
-    first: Vector
+    own: Vector
+    finish: bool
     held_out: Callable[[], Tensor] | None
     removes: bool
     step_size: float | None
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._known = self.start, self.first
+        self.start = self.here()
         self.last = self.start  # where the last step began
+        self._known: tuple[Vector, Vector] | None = None if self.finish else (self.start, self.own)
+
+    @cached_property
+    def full(self) -> Vector:
+        """``grad J'(theta_0)``: a pass over the data, where something asks for it."""
+        at = self.here()
+        self.place(self.start)
+        found = self.objective.gradient()
+        self.place(at)
+        return found
+
+    @cached_property
+    def tilt(self) -> Vector:
+        """A."""
+        return scaled(self.own, 0.0) if self.finish else combine(self.full, self.own, -1)
 
     def value(self) -> float:
         """The tilted objective at the model's weights."""
-        here = values_of(self.objective.tracker.parameters)
-        return self.objective.value() - dot(self.tilt, combine(here, self.start, -1))
+        return self.objective.value() - dot(self.tilt, combine(self.here(), self.start, -1))
 
     def gradient(self) -> Vector:
         """Its gradient at the model's weights; no pass over the data where it is known, as at the start."""
         here = self.here()
-        if not all(torch.equal(here[name], self._known[0][name]) for name in here):
+        if self._known is None or not all(torch.equal(here[n], self._known[0][n]) for n in here):
             self._known = here, combine(self.objective.gradient(), self.tilt, -1)
         return self._known[1]
 
@@ -89,17 +102,16 @@ class Descent:
             predicted: ``t -> predicted change`` of the tilted objective.
             held_out: whether held-out data may choose t.
         """
-        at, before = self.here(), self.value()
-        slope = dot(gradient, u)
+        at, slope = self.here(), dot(gradient, u)
         if not all(bool(torch.isfinite(v).all()) for v in u.values()):
             raise UpweightError("the step is not finite, expected finite numbers -> raise the damping")
         if self.step_size is not None:
-            t, after = self.step_size, None
+            t = self.step_size
             self.place(combine(at, u, t))
         elif self.held_out is not None and held_out:
-            t, after = self._on_held_out(at, u), None
+            t = self._on_held_out(at, u)
         else:
-            t, after = self._backtrack(at, u, before, slope)
+            t = self._backtrack(at, u, slope)
         if t:
             self.last = at
         self.records.append(
@@ -108,22 +120,22 @@ class Descent:
                 "length": abs(t) * norm(u),
                 "gradient_norm": norm(gradient),
                 "predicted": predicted(t),
-                "actual": (self.value() if after is None else after) - before,
             }
         )
         return t
 
-    def _backtrack(self, at: Vector, u: Vector, before: float, slope: float) -> tuple[float, float]:
+    def _backtrack(self, at: Vector, u: Vector, slope: float) -> float:
         """The longest of u, u/2, u/4, ... that lowers the tilted objective as far as it should."""
+        before = self.value()
         noise = 1e-13 * abs(before)
         for halvings in range(HALVINGS):
             t = 0.5**halvings
             self.place(combine(at, u, t))
             after = self.value()
             if math.isfinite(after) and after <= before + ARMIJO * t * slope + noise:
-                return t, after
+                return t
         self.place(at)
-        return 0.0, before
+        return 0.0
 
     def _on_held_out(self, at: Vector, u: Vector) -> float:
         """Labels and weights: the t of the lowest held-out loss. Removal: the longest t that does not clearly raise it.
@@ -149,11 +161,24 @@ class Descent:
         self.place(combine(at, u, best))
         return best
 
-    def trust_ratio(self) -> float | None:
-        """Actual over predicted change of the tilted objective over all steps: 1 where the quadratic model is right."""
-        predicted = math.fsum(r["predicted"] for r in self.records)
-        actual = math.fsum(r["actual"] for r in self.records)
-        return actual / predicted if predicted else None
+    def summary(self) -> dict[str, float | None]:
+        """Predicted and actual change of the tilted objective over all steps, and the trust ratio.
+
+        That is actual over predicted: 1 where the quadratic model is right; None where nothing was predicted of some step.
+        """
+        at, after = self.here(), self.value()
+        self.place(self.start)
+        actual = after - self.value()
+        self.place(at)
+        parts = [r["predicted"] for r in self.records]
+        if None in parts:
+            return {"predicted": None, "actual": actual, "trust_ratio": None}
+        predicted = math.fsum(parts)
+        return {
+            "predicted": predicted,
+            "actual": actual,
+            "trust_ratio": actual / predicted if predicted else None,
+        }
 
 
 def change_gradient(

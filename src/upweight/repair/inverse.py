@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from upweight.attributors.exact import DIRECT_UP_TO, solve_evidence
@@ -25,9 +26,14 @@ from upweight.data import Examples
 from upweight.gradients import Gradients
 from upweight.gradients.blocks import Dense
 from upweight.gradients.layers import from_parameters, to_parameters
+from upweight.gradients.select import ParameterFilter, select_parameters
+from upweight.repair.change import selected
 from upweight.repair.options import Settings
 from upweight.repair.vectors import Vector, scaled
 from upweight.task import OutputTask, Task
+
+DENSE_UP_TO = 1000
+"""Parameters up to which one solution is soonest had from a dense matrix."""
 
 
 class Inverse:
@@ -45,6 +51,11 @@ class Inverse:
         self, model: nn.Module, task: Task, examples: Examples, divisor: float, settings: Settings
     ) -> None:
         self.share = examples.n / divisor  # s
+        few = settings.curvature_examples
+        if few is not None and few < examples.n:  # a sample stands for all
+            generator = torch.Generator().manual_seed(settings.seed)
+            chosen = torch.randperm(examples.n, generator=generator)[:few].sort().values
+            examples = selected(examples, chosen.numpy())
         self.curvature = settings.curvature or "ekfac"
         exact = self.curvature in EXACT_KINDS
         self.method = Influence(
@@ -52,7 +63,7 @@ class Inverse:
             task,
             curvature=self.curvature,
             damping=self._over_share(Damping.of(settings.damping)),
-            solver=settings.solver,
+            solver=settings.solver or default_solver(self.curvature, model, settings.parameters),
             l2=divided(settings.l2, self.share) if exact else 0.0,
             fisher=settings.fisher,
             draws=settings.draws,
@@ -131,6 +142,14 @@ def divided(l2: L2, share: float) -> L2:
     if isinstance(l2, Tensor):
         return l2 / share
     return {name: c / share for name, c in l2.items()} if isinstance(l2, Mapping) else l2 / share
+
+
+def default_solver(curvature: str, model: nn.Module, parameters: ParameterFilter) -> str | None:
+    """A repair solves for one right-hand side: conjugate gradients, where a dense inverse takes longer."""
+    if curvature not in EXACT_KINDS:
+        return None
+    size = sum(p.numel() for p in select_parameters(model, parameters).values())
+    return "direct" if size <= DENSE_UP_TO else "cg"
 
 
 def default_curvature(task: Task, parameters: Mapping[str, Tensor]) -> str:

@@ -40,7 +40,9 @@ class Options(TypedDict, total=False):
     * ``step_size``: times the step; None chooses it (see `upweight.repair.step_size`).
     * ``steps``: the most steps of an iterated method; 1 for ``"newton"``.
     * ``correction_batch``: examples a correction of ``"corrected"``: None for all of them, with a line search; else one
-      of `steps` is a pass over the changed data in shuffled batches of this size.
+      of `steps` is a pass over the changed data in shuffled batches of this size, at the rate ``correction_rate``
+      (falling to 0).
+    * ``curvature_examples``: fit the curvature to this many of the examples, drawn by the seed; None for all.
     * ``tolerance``: an iterated method stops where the gradient has fallen to this share of what it was.
     """
 
@@ -57,6 +59,8 @@ class Options(TypedDict, total=False):
     step_size: float | None
     steps: int | None
     correction_batch: int | None
+    correction_rate: float
+    curvature_examples: int | None
     tolerance: float
     memory: int | str
     batch_size: int | None
@@ -81,6 +85,8 @@ class Settings:
     step_size: float | None = None
     steps: int | None = None
     correction_batch: int | None = None
+    correction_rate: float = 0.1
+    curvature_examples: int | None = None
     tolerance: float = 1e-8
     memory: int | str = "auto"
     batch_size: int | None = None
@@ -123,6 +129,14 @@ def read_options(options: Mapping[str, Any]) -> Settings:
         raise UpweightError(
             f"correction_batch={found.correction_batch} with method={found.method!r}, expected at least 1, with "
             "'corrected' -> leave it out, or use method='corrected'"
+        )
+    if found.curvature_examples is not None and found.curvature_examples < 1:
+        raise UpweightError(
+            f"curvature_examples={found.curvature_examples}, expected at least 1 -> leave it out for all of them"
+        )
+    if not found.correction_rate > 0:
+        raise UpweightError(
+            f"correction_rate={found.correction_rate!r}, expected a positive number -> 0.1 is the default"
         )
     if not found.tolerance >= 0:
         raise UpweightError(f"tolerance={found.tolerance!r}, expected >= 0 -> 1e-8 is the default")

@@ -135,7 +135,6 @@ def trust_region(problem: Problem) -> dict[str, Any]:
                 "gradient_norm": norm(g),
                 "damping_factor": factor,
                 "predicted": predicted if taken else 0.0,
-                "actual": actual if taken else 0.0,
                 "trust_ratio": ratio,
             }
         )
@@ -147,16 +146,16 @@ ARMIJO_RATIO = 1e-4
 
 
 def corrected(problem: Problem) -> dict[str, Any]:
-    """A Newton step, and steps with the same curvature and the gradient evaluated anew."""
+    """A Newton step of the change's own gradient, and steps with the same curvature and the gradient evaluated anew."""
     descent, settings = problem.descent, problem.settings
-    inverse = problem.inverse()
-    _step(descent, inverse)
-    start = norm(descent.first)
+    inverse, own = problem.inverse(), descent.own
+    u = scaled(inverse(own), -1)
+    descent.take(own, u, _predicted(inverse, own, u))
     if settings.correction_batch is not None:
         _passes(problem, inverse, settings.correction_batch)
         return inverse.evidence()
     for _ in range(settings.most_steps):
-        if norm(descent.gradient()) <= settings.tolerance * start or _step(descent, inverse, False) == 0:
+        if norm(descent.gradient()) <= settings.tolerance * norm(own) or _step(descent, inverse, False) == 0:
             break
     return inverse.evidence()
 
@@ -199,29 +198,27 @@ def _bend(descent: Descent, g: Vector) -> float:
 def _passes(problem: Problem, inverse: Inverse, size: int) -> None:
     """`steps` passes over the changed data in shuffled batches: ``theta <- theta - rate (H' + damping I)^-1 g_batch``.
 
-    The rate falls linearly to 0 from the step size that a line search of the full gradient takes, or the user's.
+    The rate falls linearly to 0.
     """
     descent, settings, after = problem.descent, problem.settings, problem.after
     generator = torch.Generator().manual_seed(settings.seed)
-    count = max(1, after.n // size)
-    total, done = settings.most_steps * count, 0
-    before = descent.value()
-    for _ in range(settings.most_steps):
-        order = torch.randperm(after.n, generator=generator).tolist()
-        for k in range(count):
-            chosen = order[k * size : (k + 1) * size]
-            g = _batch_gradient(problem, chosen)
-            rate = (settings.step_size or 1.0) * (1 - done / total)
-            descent.place(combine(descent.here(), inverse(g), -rate))
-            done += 1
+    start = descent.here()
+    batches = [
+        batch.tolist()
+        for _ in range(settings.most_steps)
+        for batch in torch.randperm(after.n, generator=generator).split(size)
+    ]
+    for done, batch in enumerate(batches):
+        rate = settings.correction_rate * (1 - done / len(batches))
+        descent.place(combine(descent.here(), inverse(_batch_gradient(problem, batch)), -rate))
+    descent.last = start
     descent.records.append(
         {
-            "step_size": settings.step_size or 1.0,
-            "length": norm(combine(descent.here(), descent.start, -1)),
+            "step_size": settings.correction_rate,
+            "length": norm(combine(descent.here(), start, -1)),
             "gradient_norm": None,
-            "predicted": 0.0,
-            "actual": descent.value() - before,
-            "batches": done,
+            "predicted": None,
+            "batches": len(batches),
         }
     )
 
@@ -233,5 +230,7 @@ def _batch_gradient(problem: Problem, positions: list[int]) -> Vector:
     ids = [after.ids[p] for p in positions]
     total = batch_gradient(objective.tracker, problem.task, after.take(positions), ids)
     share = after.n / len(positions) / objective.divisor
-    rest = combine(objective.penalty_gradient(), descent.tilt, -1)
+    rest = objective.penalty_gradient()
+    if not descent.finish:
+        rest = combine(rest, descent.tilt, -1)
     return {name: v + share * total[name].double() if name in total else v for name, v in rest.items()}
