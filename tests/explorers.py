@@ -1,7 +1,5 @@
 """What tests of the explorer share: small experiments with an issue table, a server in a thread, and a browser."""
 
-import os
-import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -98,24 +96,6 @@ def serving(run, port=0, reviewer="ada"):
         server.should_exit = True
         thread.join(60)
         opened.close()
-
-
-@contextmanager
-def chromium():
-    """A headless Chromium, or a skip that says what is missing."""
-    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    program = (
-        os.environ.get("PLAYWRIGHT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    )
-    with api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        except api.Error as error:
-            pytest.skip(f"no Chromium to test with: {str(error).splitlines()[0]}")
-        try:
-            yield browser
-        finally:
-            browser.close()
 
 
 class Watched:

@@ -4,6 +4,7 @@ import threading
 import urllib.error
 import urllib.request
 
+import browser
 import pytest
 import torch
 from explorers import (
@@ -13,7 +14,6 @@ from explorers import (
     SUSPECTS,
     N,
     Watched,
-    chromium,
     experiment,
     filled,
     issues,
@@ -23,11 +23,7 @@ from explorers import (
 import upweight as uw
 from upweight.explorer.run import Run
 
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as found:
-        yield found
+chromium = browser.chromium  # the fixture
 
 
 @pytest.fixture
@@ -35,12 +31,12 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
-def test_a_prediction_is_explained_and_a_suspect_decided(browser, folder):
+def test_a_prediction_is_explained_and_a_suspect_decided(chromium, folder):
     """The quick one: everything once, with nothing wrong in the console and no request to elsewhere."""
     bundle = experiment()
     run = Run(bundle, filled(folder, bundle))
     with serving(run) as address:
-        one = Watched(browser, address)
+        one = Watched(chromium, address)
         assert one.loaded_pictures("#queries") == QUERIES
         assert one.loaded_pictures("#explanation") > 2
         one.page.click('[data-query="query:5"]')
@@ -64,17 +60,17 @@ def test_a_prediction_is_explained_and_a_suspect_decided(browser, folder):
 
 
 @pytest.mark.slow
-def test_decisions_survive_a_restart_and_an_open_page_goes_on(browser, folder):
+def test_decisions_survive_a_restart_and_an_open_page_goes_on(chromium, folder):
     bundle = experiment()
     filled(folder, bundle)
     with serving(Run(bundle, folder)) as address:
-        one = Watched(browser, address)
+        one = Watched(chromium, address)
         one.decide()
         one.press("k")
         assert one.on_screen() == 1
     port = int(address.rsplit(":", 1)[1].strip("/"))
     with serving(Run(bundle, folder), port) as address:
-        two = Watched(browser, address)
+        two = Watched(chromium, address)
         two.decide()
         assert two.on_screen() == 1  # the first still to decide
         assert "1 of 4 decided" in two.page.inner_text("#review")
@@ -93,13 +89,13 @@ def test_decisions_survive_a_restart_and_an_open_page_goes_on(browser, folder):
 
 
 @pytest.mark.slow
-def test_two_pages_at_once_lose_nothing(browser, folder):
+def test_two_pages_at_once_lose_nothing(chromium, folder):
     bundle = experiment()
     suspects = list(range(0, N, 2))
     filled(folder, bundle)
     issues(bundle, suspects).save(folder)
     with serving(Run(bundle, folder)) as address:
-        one, two = Watched(browser, address), Watched(browser, address)
+        one, two = Watched(chromium, address), Watched(chromium, address)
         two.decide()
         two.page.get_by_label("Reviewer").fill("bob")
         two.page.get_by_label("Reviewer").blur()
@@ -118,11 +114,11 @@ def test_two_pages_at_once_lose_nothing(browser, folder):
 
 
 @pytest.mark.slow
-def test_keys_typed_in_haste_never_decide_what_is_not_on_screen(browser, folder):
+def test_keys_typed_in_haste_never_decide_what_is_not_on_screen(chromium, folder):
     bundle = experiment()
     run = Run(bundle, filled(folder, bundle))
     with serving(run) as address:
-        one = Watched(browser, address)
+        one = Watched(chromium, address)
         one.decide()
         one.page.evaluate(
             """() => { for (let i = 0; i < 5; i++)
@@ -134,11 +130,11 @@ def test_keys_typed_in_haste_never_decide_what_is_not_on_screen(browser, folder)
 
 
 @pytest.mark.slow
-def test_a_digit_gives_the_class_undo_takes_it_back_and_typing_in_a_field_decides_nothing(browser, folder):
+def test_a_digit_gives_the_class_undo_takes_it_back_and_typing_in_a_field_decides_nothing(chromium, folder):
     bundle = experiment()
     run = Run(bundle, filled(folder, bundle))
     with serving(run) as address:
-        one = Watched(browser, address)
+        one = Watched(chromium, address)
         one.decide()
         one.page.get_by_label("Reviewer").press("d")
         one.page.get_by_label("Reviewer").blur()
@@ -155,11 +151,11 @@ def test_a_digit_gives_the_class_undo_takes_it_back_and_typing_in_a_field_decide
 
 
 @pytest.mark.slow
-def test_filters_by_class_layer_and_number(browser, folder):
+def test_filters_by_class_layer_and_number(chromium, folder):
     bundle = experiment()
     run = Run(bundle, filled(folder, bundle))
     with serving(run) as address:
-        one = Watched(browser, address)
+        one = Watched(chromium, address)
         choose(one.page, "Training class", "owl", 0)
         one.page.wait_for_selector("text=only training examples of class owl")
         names = one.page.locator("#explanation figure .name").all_inner_texts()
@@ -181,7 +177,7 @@ def choose(page, label, choice, number):
 
 
 @pytest.mark.slow
-def test_an_uploaded_picture_is_explained_as_the_same_query_would_be(browser, folder, tmp_path):
+def test_an_uploaded_picture_is_explained_as_the_same_query_would_be(chromium, folder, tmp_path):
     """Pictures of 8-bit brightness come back exactly, so the scores must."""
     images, labels = pictures_of_bytes(QUERIES, 1)
     bundle = experiment(train=pictures_of_bytes(N, 0), query=(images, labels))
@@ -192,7 +188,7 @@ def test_an_uploaded_picture_is_explained_as_the_same_query_would_be(browser, fo
 
     Image.fromarray((images[3, 0] * 255).round().byte().numpy()).save(file)
     with serving(run) as address:
-        one = Watched(browser, address)
+        one = Watched(chromium, address)
         one.page.get_by_text("A query of your own").click()
         one.page.set_input_files("input[type=file]", file)
         one.page.wait_for_selector("text=mine.png")
@@ -215,7 +211,7 @@ def pictures_of_bytes(n, seed):
 
 
 @pytest.mark.slow
-def test_text_of_the_data_cannot_inject_markup(browser, folder):
+def test_text_of_the_data_cannot_inject_markup(chromium, folder):
     texts = [f"{payload} {'x' * 10_000_000 if k == 0 else k}" for k, payload in enumerate(PAYLOADS * 5)]
     bundle = experiment(
         train=uw.Examples(pictures(N), texts),
@@ -226,7 +222,7 @@ def test_text_of_the_data_cannot_inject_markup(browser, folder):
     )
     run = Run(bundle, filled(folder, bundle), address=PAYLOADS[0])
     with serving(run, reviewer=PAYLOADS[2]) as address:
-        one = Watched(browser, address)
+        one = Watched(chromium, address)
         assert PAYLOADS[0] in one.page.inner_text("#explanation")
         one.page.get_by_label("Training class", exact=True).click()
         one.page.keyboard.press("Escape")
@@ -284,10 +280,10 @@ def test_a_page_of_another_site_is_refused(folder):
 
 
 @pytest.mark.slow
-def test_a_run_without_anything_says_what_to_do(browser, folder):
+def test_a_run_without_anything_says_what_to_do(chromium, folder):
     run = Run(experiment(), folder, "mine.py:experiment")
     with serving(run) as address:
-        one = Watched(browser, address, viewport={"width": 390, "height": 844}, color_scheme="dark")
+        one = Watched(chromium, address, viewport={"width": 390, "height": 844}, color_scheme="dark")
         assert one.page.locator("#explanation figure").count()  # computed here
         one.page.get_by_role("tab", name="Review").click()
         one.page.wait_for_selector("text=upweight audit mine.py:experiment --out")
