@@ -1,6 +1,13 @@
 """The explorer in a real browser: pictures, keys, two reviewers at once, restarts, and data that is hostile."""
 
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -290,3 +297,46 @@ def test_a_run_without_anything_says_what_to_do(chromium, folder):
         wide = one.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         assert wide <= 0 and one.wrong == []
         one.page.close()
+
+
+@pytest.mark.slow
+def test_the_command_serves_and_ends_cleanly_by_ctrl_c(tmp_path):
+    (tmp_path / "mine.py").write_text("from explorers import experiment\nprint('noise')\n")
+    command = [
+        sys.executable,
+        "-m",
+        "upweight.cli",
+        "explore",
+        "mine.py:experiment",
+        "--out",
+        "run",
+        "--json",
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    with subprocess.Popen([*command, "--host", "0.0.0.0"], env=environment, **options) as server:
+        lines = []
+        while not lines or lines[-1].strip() != "}":
+            lines.append(server.stdout.readline())
+            assert lines[-1], server.stderr.read()
+        said = json.loads("".join(lines))
+        assert said["experiment"] == "pets" and said["url"].startswith("http://0.0.0.0:")
+        address = said["url"].replace("0.0.0.0", "127.0.0.1")
+        with urllib.request.urlopen(wait_for(address), timeout=60) as answer:
+            assert answer.status == 200
+        server.send_signal(signal.SIGINT)
+        rest, notes = server.communicate(timeout=120)
+    assert (server.returncode, rest) == (0, "")
+    assert "whoever reaches this machine can see the data" in notes and "Traceback" not in notes
+    assert "0 examples are decided" in notes and "go on with: upweight explore mine.py:experiment" in notes
+
+
+def wait_for(address):
+    """The address, once somebody answers there."""
+    host, port = address.split("//")[1].strip("/").split(":")
+    for _ in range(600):
+        with socket.socket() as one:
+            if one.connect_ex((host, int(port))) == 0:
+                return address
+        time.sleep(0.1)
+    raise AssertionError("nobody answers")
