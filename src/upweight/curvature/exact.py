@@ -155,20 +155,19 @@ class ExactCurvature:
         self.products += x.shape[1] * count / self.data.n
         if self._twice is not None:
             batch, ids = self.data.take(positions), [self.data.ids[p] for p in positions]
-            return self._regularised(self._differentiated([(batch, ids)], x, count), x)
-        roots = list(self._sampled_roots(positions))
-        return self._regularised(self._of_roots(roots, x, len(roots) == 1).div_(count), x)
+            return self._regularised(self._differentiated([(batch, ids)], x, count, self.dtype), x)
+        roots = self._sampled_roots(positions)
+        return self._regularised(self._of_roots(roots, x, self.dtype).div_(count), x)
 
     def _full(self, x: Tensor) -> Tensor:
         if self._roots is None:
             batches = ((r.batch, self.data.ids[r.start : r.stop]) for r in self.data.batches(self.batch_size))
             return self._differentiated(batches, x, self.data.n)
         roots = (step.load() for step in self._roots)
-        return self._of_roots(roots, x, self.batch_size >= self.data.n).div_(self.data.n)
+        return self._of_roots(roots, x).div_(self.data.n)
 
-    def _of_roots(self, roots: Iterable[Root], x: Tensor, single: bool = False) -> Tensor:
-        """``sum over roots of S^T S x``: sums within a batch in the model's precision, over batches in float64."""
-        dtype = self.dtype if single else torch.float64
+    def _of_roots(self, roots: Iterable[Root], x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """``sum over roots of S^T S x``: sums within a batch in the model's precision, over batches in this one."""
         out = torch.zeros(x.shape, dtype=dtype, device=self.tracker.device)
         for root in roots:
             for a in range(0, x.shape[1], VECTORS):
@@ -179,7 +178,9 @@ class ExactCurvature:
                     out[start:stop, a : a + VECTORS] += part
         return out
 
-    def _differentiated(self, batches: Any, x: Tensor, count: int) -> Tensor:
+    def _differentiated(
+        self, batches: Any, x: Tensor, count: int, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
         assert self._twice is not None
         layers = self.tracker.layers
         named = to_parameters(layers, x.T.to(self.dtype))
@@ -190,8 +191,8 @@ class ExactCurvature:
             size = ACTIVATION_COPIES * self._example_bytes * len(ids) + 4 * x.element_size() * self.size
             chunk = max(1, int(min(PRODUCT_BYTES, self.memory * BATCH_SHARE) / size))
             found = self._twice.product(batch, ids, vectors, chunk)
-            flat = from_parameters(layers, found)
-            total = flat if total is None else total.double().add_(flat)
+            flat = from_parameters(layers, found).to(dtype)
+            total = flat if total is None else total.add_(flat)
         assert total is not None
         return total.div_(count).T.contiguous()
 
@@ -202,7 +203,6 @@ class ExactCurvature:
         x = x.to(self.tracker.device, self.dtype)
         batch, ids = self.data.take(positions), [self.data.ids[p] for p in positions]
         Hx = self._differentiated([(batch, ids)], x, len(ids))
-        Hx = Hx.double()
         products = x.T.double() @ Hx
         gap = float((products[0, 1] - products[1, 0]).abs())
         size = float(torch.linalg.vector_norm(x[:, 0].double()) * torch.linalg.vector_norm(Hx[:, 1]))
