@@ -163,7 +163,8 @@ def detectors(
         "self-influence, EK-FAC, early": ("influence", own(uw.Influence(early, TASK, **quiet))),
         "TracIn": ("influence", own(uw.TracIn(model, TASK, **traced))),
         "TracIn, last layer": ("influence", own(uw.TracIn(model, TASK, parameters="last_layer", **traced))),
-        "combined (mean rank)": (
+        "margin + kNN (mean rank)": ("other", seen("combined")),
+        "margin + kNN + AUM + confident learning (mean rank)": (
             "other",
             seen("combined", checkpoints=states, probabilities=probabilities),
         ),
@@ -183,6 +184,8 @@ def scored(
     path.mkdir(parents=True, exist_ok=True)
     found = {}
     for name, (kind, function) in detectors(run, images, probabilities, SETTINGS[noise][1]).items():
+        if "confident learning" in name and probabilities is None:
+            continue
         file = path / ("".join(c if c.isalnum() else "-" for c in name.lower()) + ".npz")
         if not file.exists():
             if name in skip or (names and name not in names):
@@ -307,13 +310,13 @@ def main() -> None:
     for noise in arguments.noise:
         images = data(SETTINGS[noise][0], arguments.n)
         run = trained(noise, images, arguments.seed, arguments.bank)
-        folds = not {"confident learning", "combined (mean rank)"} <= set(arguments.skip)
+        folds = "confident learning" not in arguments.skip
         probabilities, fold_seconds = (
             out_of_fold(noise, images, arguments.seed, arguments.bank) if folds else (None, 0.0)
         )
         folder = arguments.bank / f"scores-{noise}-{arguments.n}-{arguments.seed}"
         found = scored(noise, images, run, probabilities, folder, arguments.only, arguments.skip)
-        for name in ("confident learning", "combined (mean rank)"):
+        for name in ("confident learning", "margin + kNN + AUM + confident learning (mean rank)"):
             if name in found:
                 found[name]["seconds"] += fold_seconds
         wrong = images.wrong

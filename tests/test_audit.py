@@ -106,7 +106,7 @@ def test_every_detector_is_what_it_is_called(case):
     expected["confident_learning"] = uw.confident_learning((x, y), task, probabilities=p).values
     for name, values in expected.items():
         np.testing.assert_allclose(suspicion(name, evidence), values, rtol=1e-5, atol=1e-7, err_msg=name)
-    ranked = [rankdata(expected[k]) for k in ("loss", "self_influence", "knn", "aum", "confident_learning")]
+    ranked = [rankdata(expected[k]) for k in ("margin", "knn", "aum", "confident_learning")]
     np.testing.assert_allclose(
         rankdata(suspicion("combined", evidence)), rankdata(np.mean(ranked, 0)), atol=2
     )

@@ -68,7 +68,10 @@ def audit(
     validation: Annotated[
         bool, typer.Option(help="Take the queries, and their labels, as held-out data to be trusted.")
     ] = True,
-    neighbours: Annotated[int, typer.Option(min=1, help="How many nearest training examples to ask.")] = 20,
+    neighbours: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many nearest training examples to ask; 10 to 50 if not given."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Rows of each kind that are printed.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the folds and whatever else is random.")] = 0,
     json: Json = False,

@@ -48,7 +48,7 @@ def audit(
     learning_rates: Sequence[float] | float | None = None,
     log: MarginLog | None = None,
     influence: Influence | None = None,
-    neighbours: int = 20,
+    neighbours: int | None = None,
     ids: Sequence[int | str] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -76,8 +76,9 @@ def audit(
             and the column influence is empty.
         kinds: which issues to look for; all that the model and the data allow, if None.
         detector: of label errors: "self_influence", "loss", "margin", "aum", "el2n", "tracin", "tracin_last_layer",
-            "confident_learning", "knn", "combined" (mean rank), or "auto": what did best in the benchmarks among those
-            that the following arguments allow.
+            "confident_learning", "knn", "combined" (mean rank of margin, neighbours and what else can be had), or
+            "auto": by our benchmarks "aum" with checkpoints or a log, else "confident_learning" with probabilities or
+            train_fn, else "combined"; "loss" for tasks without classes.
         precision: share of the flagged that should really be wrong; for outliers, harmful and rare examples, one less
             the false discovery rate.
         probabilities: out-of-sample probabilities of the classes, [train, class].
@@ -87,7 +88,7 @@ def audit(
         learning_rates: at the checkpoints, for "tracin"; all alike if None.
         log: for "aum", margins recorded while training (`AUM.log`), instead of checkpoints.
         influence: how to compute influence: an `Influence` of this model; EK-FAC if None.
-        neighbours: how many to ask.
+        neighbours: how many to ask; half the square root of n, between 10 and 50, if None.
         ids: one id per training example; positions if None.
         seed: of whatever is random.
         batch_size: examples per forward pass; chosen if None.
@@ -124,8 +125,8 @@ def audit(
         raise UpweightError(f"there is no detector {detector!r} -> one of {', '.join(['auto', *DETECTORS])}")
     if not 0 < precision < 1:
         raise UpweightError(f"precision={precision}, expected 0 < precision < 1 -> 0.8")
-    if not (isinstance(neighbours, int) and neighbours >= 1):
-        raise UpweightError(f"neighbours={neighbours!r}, expected a whole number from 1 up -> 20")
+    if neighbours is not None and not (isinstance(neighbours, int) and neighbours >= 1):
+        raise UpweightError(f"neighbours={neighbours!r}, expected a whole number from 1 up -> None chooses")
     if influence is not None and influence.model is not model:
         raise UpweightError(
             "influence= is of another model than the one to audit -> Influence(model, task, ...)"
@@ -166,7 +167,7 @@ def audit(
         "n": examples.n,
         "validation": None if held_out is None else held_out.n,
         "precision": precision,
-        "neighbours": neighbours,
+        "neighbours": evidence.asked,
         "seed": seed,
         "train": examples.fingerprint(),
         "model": model_fingerprint(model),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +51,7 @@ class Options:
     checkpoints: Sequence[Checkpoint] | None = None
     learning_rates: Sequence[float] | float | None = None
     log: MarginLog | None = None
-    neighbours: int = 20
+    neighbours: int | None = None
     seed: int = 0
     batch_size: int | None = None
     memory: int | str = "auto"
@@ -140,7 +141,22 @@ class Evidence:
     @cached_property
     def neighbours(self) -> Neighbours | None:
         """The nearest other examples; None if there are none."""
-        return nearest(self.features, self.options.neighbours)
+        return nearest(self.features, self.asked)
+
+    @property
+    def asked(self) -> int:
+        """How many neighbours: as many as were wished, or half the square root of n, between 10 and 50."""
+        if self.options.neighbours is not None:
+            return self.options.neighbours
+        return min(50, max(10, math.isqrt(self.examples.n) // 2))
+
+    @property
+    def has_neighbours(self) -> bool:
+        """Whether there are embeddings, and others to be near to."""
+        try:
+            return self.neighbours is not None
+        except UnavailableError:
+            return False
 
     @cached_property
     def probabilities(self) -> tuple[np.ndarray, str]:
@@ -164,11 +180,10 @@ class Evidence:
     @cached_property
     def votes(self) -> np.ndarray | None:
         """The neighbours' votes, [n, class]; None where there are no neighbours."""
-        try:
-            neighbours = self.neighbours
-        except UnavailableError:
+        if not self.has_neighbours:
             return None
-        return None if neighbours is None else votes(neighbours, self.labels.values, self.labels.classes)
+        assert self.neighbours is not None
+        return votes(self.neighbours, self.labels.values, self.labels.classes)
 
     @cached_property
     def reference(self) -> Reference | None:
@@ -183,9 +198,7 @@ class Evidence:
             return None
         method = self._embedding
         assert method._forward is not None
-        theirs = nearest(
-            self.features, self.options.neighbours, method._collect(self.validation, method._forward)
-        )
+        theirs = nearest(self.features, self.asked, method._collect(self.validation, method._forward))
         assert theirs is not None
         return votes(theirs, self.labels.values, self.labels.classes), self.trusted.values
 
