@@ -79,7 +79,7 @@ def repair(
         str,
         typer.Option(
             metavar="NAME",
-            help="newton, influence, gradient, trust_region, corrected or last_layer.",
+            help="newton, influence, gradient, trust_region, corrected, fine_tune or last_layer.",
         ),
     ] = "newton",
     curvature: Annotated[

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -300,18 +300,33 @@ class _Work:
 
     def run(self) -> _Outcome:
         """Move the model."""
+        held_out = None if self.validation is None else self._held_out
         if self.settings.method != "last_layer":
-            return self._solve(self.model, self.tracker, self.examples, self.settings)
+            return self._solve(self.model, self.tracker, self.examples, self.settings, held_out)
         head = find_head(self.tracker, self.task, self.examples, self.batch_size)
-        tracker = Tracker(head.module, self.task, head.examples)
-        l2 = by_parameter(self.settings.l2, self.tracker)
-        own = {head.parameter(name): c[None] for name, c in l2.items()}
-        settings = replace(
-            self.settings, parameters=None, l2=from_parameters(tracker.layers, own)[0].to(tracker.dtype)
-        )
-        return self._solve(head.module, tracker, head.examples, settings)
+        precise, data = head.in_double()  # its minimum is not to be missed by rounding
+        tracker = Tracker(precise, self.task, data)
+        own = {
+            head.parameter(name): c[None] for name, c in by_parameter(self.settings.l2, self.tracker).items()
+        }
+        settings = replace(self.settings, parameters=None, l2=from_parameters(tracker.layers, own)[0])
 
-    def _solve(self, model: nn.Module, tracker: Tracker, examples: Examples, settings: Settings) -> _Outcome:
+        def moved() -> Tensor:
+            head.take(precise)
+            return self._held_out()
+
+        outcome = self._solve(precise, tracker, data, settings, None if held_out is None else moved)
+        head.take(precise)
+        return outcome
+
+    def _solve(
+        self,
+        model: nn.Module,
+        tracker: Tracker,
+        examples: Examples,
+        settings: Settings,
+        held_out: Callable[[], Tensor] | None,
+    ) -> _Outcome:
         change = self.change
         after = changed(examples, change)
         task = Weighted(self.task) if change.weights else self.task
@@ -323,7 +338,7 @@ class _Work:
             objective,
             self._own_gradient(tracker, examples, objective),
             settings.finish,
-            None if self.validation is None else self._held_out,
+            held_out,
             not change.labels and not change.weights,
             settings.step_size,
         )

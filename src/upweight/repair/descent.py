@@ -164,7 +164,8 @@ class Descent:
     def summary(self) -> dict[str, float | None]:
         """Predicted and actual change of the tilted objective over all steps, and the trust ratio.
 
-        That is actual over predicted: 1 where the quadratic model is right; None where nothing was predicted of some step.
+        That is actual over predicted, 1 where the quadratic model is right; None where nothing was predicted of a
+        step.
         """
         at, after = self.here(), self.value()
         self.place(self.start)

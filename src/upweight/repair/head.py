@@ -6,6 +6,7 @@ For outputs ``z = W x`` (a bias is a constant input) and the losses of `Classifi
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,17 @@ class Head:
     name: str
     module: nn.Linear
     examples: Examples
+
+    def in_double(self) -> tuple[nn.Linear, Examples]:
+        """A float64 copy of the layer, and of what goes into it."""
+        inputs, targets = self.examples.take(range(self.examples.n))
+        return copy.deepcopy(self.module).double(), Examples((inputs.double(), targets), self.examples.ids)
+
+    def take(self, other: nn.Linear) -> None:
+        """Give the layer another's weights."""
+        with torch.no_grad():
+            for mine, theirs in zip(self.module.parameters(), other.parameters()):
+                mine.copy_(theirs)
 
     def parameter(self, full: str) -> str:
         """A parameter's name within the layer: ``"weight"`` or ``"bias"``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 from upweight.curvature import KINDS, Damping
@@ -16,8 +16,8 @@ from upweight.errors import UpweightError
 from upweight.gradients.select import ParameterFilter
 from upweight.repair.change import CONVENTIONS
 
-METHODS = ("newton", "influence", "gradient", "trust_region", "corrected", "last_layer")
-ITERATED = ("newton", "trust_region", "corrected", "last_layer")
+METHODS = ("newton", "influence", "gradient", "trust_region", "corrected", "fine_tune", "last_layer")
+ITERATED = ("newton", "trust_region", "corrected", "fine_tune", "last_layer")
 DEFAULT_STEPS = {"trust_region": 10, "corrected": 5, "last_layer": 50}
 
 
@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     * ``method``: ``"newton"`` (the default; the curvature after the change), ``"influence"`` (before it),
       ``"gradient"`` (first order), ``"trust_region"`` (small Newton steps, the gradient evaluated anew each time),
       ``"corrected"`` (a Newton step and `steps` further preconditioned gradient steps on the changed objective),
+      ``"fine_tune"`` (`steps` passes over the changed data in shuffled batches, preconditioned by the curvature),
       ``"last_layer"`` (only the last linear layer, to its exact minimum).
     * ``curvature``, ``damping``, ``solver``, ``fisher``, ``draws``, ``parameters``, ``memory``, ``batch_size``,
       ``seed``, ``progress``: as in `Influence`. ``curvature=None`` is ``"ggn"`` up to 6,000 parameters and
@@ -39,9 +40,7 @@ class Options(TypedDict, total=False):
       a network that was stopped early moves by the change alone.
     * ``step_size``: times the step; None chooses it (see `upweight.repair.step_size`).
     * ``steps``: the most steps of an iterated method; 1 for ``"newton"``.
-    * ``correction_batch``: examples a correction of ``"corrected"``: None for all of them, with a line search; else one
-      of `steps` is a pass over the changed data in shuffled batches of this size, at the rate ``correction_rate``
-      (falling to 0).
+    * ``batch`` and ``rate``: of ``"fine_tune"``, whose `steps` are passes over the changed data.
     * ``curvature_examples``: fit the curvature to this many of the examples, drawn by the seed; None for all.
     * ``tolerance``: an iterated method stops where the gradient has fallen to this share of what it was.
     """
@@ -58,8 +57,8 @@ class Options(TypedDict, total=False):
     finish: bool
     step_size: float | None
     steps: int | None
-    correction_batch: int | None
-    correction_rate: float
+    batch: int
+    rate: float
     curvature_examples: int | None
     tolerance: float
     memory: int | str
@@ -84,8 +83,8 @@ class Settings:
     finish: bool = False
     step_size: float | None = None
     steps: int | None = None
-    correction_batch: int | None = None
-    correction_rate: float = 0.1
+    batch: int = 128
+    rate: float = 2e-3
     curvature_examples: int | None = None
     tolerance: float = 1e-8
     memory: int | str = "auto"
@@ -125,20 +124,15 @@ def read_options(options: Mapping[str, Any]) -> Settings:
             f"steps={found.steps} with method={found.method!r}, expected at least 1, and an iterated method -> leave "
             f"it out, or use one of {list(ITERATED)}"
         )
-    if found.correction_batch is not None and (found.correction_batch < 1 or found.method != "corrected"):
-        raise UpweightError(
-            f"correction_batch={found.correction_batch} with method={found.method!r}, expected at least 1, with "
-            "'corrected' -> leave it out, or use method='corrected'"
-        )
     if found.curvature_examples is not None and found.curvature_examples < 1:
         raise UpweightError(
             f"curvature_examples={found.curvature_examples}, expected at least 1 -> leave it out for all of them"
         )
-    if not found.correction_rate > 0:
+    if found.batch < 1 or not found.rate > 0:
         raise UpweightError(
-            f"correction_rate={found.correction_rate!r}, expected a positive number -> 0.1 is the default"
+            f"batch={found.batch!r} and rate={found.rate!r}, expected at least 1 and a positive number -> 128 and 2e-3"
         )
     if not found.tolerance >= 0:
         raise UpweightError(f"tolerance={found.tolerance!r}, expected >= 0 -> 1e-8 is the default")
     Damping.of(found.damping)
-    return found
+    return replace(found, finish=True) if found.method == "fine_tune" else found

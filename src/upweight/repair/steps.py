@@ -7,6 +7,7 @@ With the gradient ``g`` and the curvature ``H'`` of the tilted changed objective
     newton        -(H' + damping I)^-1 g            of the data after it; again and again, if told so
     trust_region  newton with H' as it was, g anew, and the damping led by the trust ratio
     corrected     newton, and then steps with H' as it was and g anew
+    fine_tune     passes in shuffled batches, with H' as it was and momentum
     last_layer    newton for the last linear layer alone, whose objective is convex, until it is at its minimum
 
 Sources: "Machine Unlearning of Features and Labels" (arXiv 2108.11577), "Certified Data Removal from Machine Learning
@@ -34,6 +35,7 @@ NOTABLE = 1e-3
 """A trust region stops where a step promises less than this share of what was gained so far."""
 EAGER, WARY = 0.75, 0.25
 """Trust ratios above which the damping is halved, and below which it is quadrupled."""
+MOMENTUM = 0.9
 
 
 @dataclass
@@ -151,12 +153,41 @@ def corrected(problem: Problem) -> dict[str, Any]:
     inverse, own = problem.inverse(), descent.own
     u = scaled(inverse(own), -1)
     descent.take(own, u, _predicted(inverse, own, u))
-    if settings.correction_batch is not None:
-        _passes(problem, inverse, settings.correction_batch)
-        return inverse.evidence()
     for _ in range(settings.most_steps):
         if norm(descent.gradient()) <= settings.tolerance * norm(own) or _step(descent, inverse, False) == 0:
             break
+    return inverse.evidence()
+
+
+def fine_tune(problem: Problem) -> dict[str, Any]:
+    """`steps` passes over the changed data in shuffled batches, with the curvature as it was at the trained weights.
+
+        velocity <- 0.9 velocity + (H' + damping I)^-1 g_batch,      theta <- theta - rate velocity
+
+    The rate falls linearly to 0. The gradient is that of J' itself: nothing that training left undone is kept.
+    """
+    descent, settings, after = problem.descent, problem.settings, problem.after
+    inverse = problem.inverse()
+    generator = torch.Generator().manual_seed(settings.seed)
+    batches = [
+        batch.tolist()
+        for _ in range(settings.most_steps)
+        for batch in torch.randperm(after.n, generator=generator).split(settings.batch)
+    ]
+    velocity: Vector = scaled(descent.start, 0.0)
+    for done, batch in enumerate(batches):
+        velocity = combine(inverse(_batch_gradient(problem, batch)), velocity, MOMENTUM)
+        rate = settings.rate * (1 - done / len(batches))
+        descent.place(combine(descent.here(), velocity, -rate))
+    descent.records.append(
+        {
+            "step_size": settings.rate,
+            "length": norm(combine(descent.here(), descent.start, -1)),
+            "gradient_norm": None,
+            "predicted": None,
+            "batches": len(batches),
+        }
+    )
     return inverse.evidence()
 
 
@@ -166,6 +197,7 @@ METHODS: dict[str, Callable[[Problem], dict[str, Any]]] = {
     "newton": newton,
     "trust_region": trust_region,
     "corrected": corrected,
+    "fine_tune": fine_tune,
     "last_layer": newton,  # of the head alone, which `upweight.repair.head` makes a problem of its own
 }
 
@@ -195,42 +227,12 @@ def _bend(descent: Descent, g: Vector) -> float:
     return dot(combine(g, moved, -1), g) / e
 
 
-def _passes(problem: Problem, inverse: Inverse, size: int) -> None:
-    """`steps` passes over the changed data in shuffled batches: ``theta <- theta - rate (H' + damping I)^-1 g_batch``.
-
-    The rate falls linearly to 0.
-    """
-    descent, settings, after = problem.descent, problem.settings, problem.after
-    generator = torch.Generator().manual_seed(settings.seed)
-    start = descent.here()
-    batches = [
-        batch.tolist()
-        for _ in range(settings.most_steps)
-        for batch in torch.randperm(after.n, generator=generator).split(size)
-    ]
-    for done, batch in enumerate(batches):
-        rate = settings.correction_rate * (1 - done / len(batches))
-        descent.place(combine(descent.here(), inverse(_batch_gradient(problem, batch)), -rate))
-    descent.last = start
-    descent.records.append(
-        {
-            "step_size": settings.correction_rate,
-            "length": norm(combine(descent.here(), start, -1)),
-            "gradient_norm": None,
-            "predicted": None,
-            "batches": len(batches),
-        }
-    )
-
-
 def _batch_gradient(problem: Problem, positions: list[int]) -> Vector:
-    """The tilted changed objective's gradient, its sum over the data estimated by a batch."""
+    """The changed objective's gradient, its sum over the data estimated by a batch."""
     descent, after = problem.descent, problem.after
     objective = descent.objective
     ids = [after.ids[p] for p in positions]
     total = batch_gradient(objective.tracker, problem.task, after.take(positions), ids)
     share = after.n / len(positions) / objective.divisor
     rest = objective.penalty_gradient()
-    if not descent.finish:
-        rest = combine(rest, descent.tilt, -1)
     return {name: v + share * total[name].double() if name in total else v for name, v in rest.items()}
