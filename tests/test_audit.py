@@ -226,6 +226,9 @@ def test_a_fitted_influence_is_used_as_it_is(case):
     fitted = method._fitted
     uw.audit(model, uw.Classification(), data, validation=validation, influence=method, **QUIET)
     assert method._fitted is fitted
+    with refused("correction='relative'"):
+        corrected = uw.Influence(model, uw.Classification(), correction="relative", **QUIET)
+        uw.audit(model, uw.Classification(), data, influence=corrected, **QUIET)
     with refused("another model"):
         uw.audit(trained(data), uw.Classification(), data, influence=method, **QUIET)
 

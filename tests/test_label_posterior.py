@@ -116,7 +116,8 @@ def test_one_class_and_empty_classes():
     assert (found.wrong < 0.01).all() and not found.suggested.any()
 
 
-def test_the_cut_by_brute_force():
+@pytest.mark.parametrize("precision", [0.3, 0.6])
+def test_the_cut_by_brute_force(precision):
     generator = np.random.default_rng(0)
     for _ in range(50):
         wrong, suspicion = generator.random(12), generator.integers(0, 6, 12).astype(float)
@@ -124,9 +125,9 @@ def test_the_cut_by_brute_force():
         allowed = [np.zeros(12, bool)]
         for value in np.unique(suspicion)[::-1]:
             flags = suspicion >= value
-            if wrong[flags].mean() >= 0.6 and pooled[flags].min() >= 0.5:
+            if wrong[flags].mean() >= precision and pooled[flags].min() >= min(precision, 0.5):
                 allowed.append(flags)
-        assert (expected_precision_cut(suspicion, wrong, 0.6) == max(allowed, key=np.sum)).all()
+        assert (expected_precision_cut(suspicion, wrong, precision) == max(allowed, key=np.sum)).all()
 
 
 def test_the_pooled_posterior_never_falls_and_keeps_the_mean():

@@ -131,6 +131,11 @@ def audit(
         raise UpweightError(
             "influence= is of another model than the one to audit -> Influence(model, task, ...)"
         )
+    if influence is not None and influence.correction is not None:
+        raise UpweightError(
+            f"influence= has correction={influence.correction!r}, but effects on validation data are of first order -> "
+            "correction=None"
+        )
     started = time.perf_counter()
     examples = Examples(train, ids)
     options = Options(

@@ -15,8 +15,8 @@ def expected_precision_cut(suspicion: np.ndarray, wrong: np.ndarray, precision: 
     """Which examples to flag, [n] bool: the first k of the detector's order, k as large as the precision allows.
 
     The expected precision of the first k is the mean posterior among them. The last ones must also be wrong rather
-    than right themselves, as a pool of neighbours in the order (isotonic regression) sees it. Equal suspicions are
-    flagged together.
+    than right themselves (or as likely wrong as was asked for, if that is less), as a pool of neighbours in the order
+    (isotonic regression) sees it. Equal suspicions are flagged together.
 
     Example:
         >>> expected_precision_cut(np.array([3.0, 2.0, 1.0, 0.0]), np.array([0.9, 0.8, 0.6, 0.1]), 0.8)
@@ -26,7 +26,7 @@ def expected_precision_cut(suspicion: np.ndarray, wrong: np.ndarray, precision: 
     ends = np.flatnonzero(np.append(np.diff(suspicion[order]) != 0, True))
     expected = (np.cumsum(wrong[order]) / np.arange(1, len(order) + 1))[ends]
     pooled = pooled_posterior(suspicion, wrong)[order][ends]
-    enough = np.flatnonzero((expected >= precision - 1e-12) & (pooled >= 0.5))
+    enough = np.flatnonzero((expected >= precision - 1e-12) & (pooled >= min(0.5, precision)))
     flags = np.zeros(len(order), bool)
     if len(enough):
         flags[order[: ends[enough[-1]] + 1]] = True
