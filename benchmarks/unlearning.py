@@ -42,20 +42,31 @@ from _data import grey_images
 from fashion import TRAIN, network
 
 import upweight as uw
+from upweight.curvature.solvers.cg import ConjugateGradient
 from upweight.repair.membership import membership_auroc
 
 TEST = 5000
 CLASS = 6  # shirts
 SETTINGS = ("1 %", "5 %", "10 %", "one class")
 RATE, MOMENTUM, L2, BATCH, EPOCHS = 0.03, 0.9, 5e-3, 64, 20
+EKFAC: dict[str, Any] = {"curvature": "ekfac", "curvature_examples": 1500}
 METHODS: dict[str, dict[str, Any]] = {
     "gradient": {"method": "gradient"},
-    "influence, EK-FAC": {"method": "influence", "curvature": "ekfac"},
-    "newton, EK-FAC": {"method": "newton", "curvature": "ekfac"},
-    "newton, GGN by CG": {"method": "newton", "curvature": "ggn", "solver": "cg"},
-    "trust region, EK-FAC": {"method": "trust_region", "curvature": "ekfac"},
-    "corrected, EK-FAC": {"method": "corrected", "curvature": "ekfac"},
     "last layer": {"method": "last_layer"},
+    "influence, EK-FAC": {"method": "influence", "damping": 1e-2, "step_size": 1.0, **EKFAC},
+    "newton, EK-FAC": {"method": "newton", "damping": 1e-2, "step_size": 1.0, **EKFAC},
+    "newton, EK-FAC, line search": {"method": "newton", "damping": 1e-2, **EKFAC},
+    "trust region, EK-FAC": {"method": "trust_region", "damping": 1e-2, "steps": 8, **EKFAC},
+    "corrected, EK-FAC": {"method": "corrected", "damping": 1e-2, "steps": 3, **EKFAC},
+    "fine-tuning by EK-FAC": {"method": "fine_tune", "damping": 1e-2, "steps": 2, **EKFAC},
+    "newton, GGN by CG": {
+        "method": "newton",
+        "damping": 1e-2,
+        "step_size": 1.0,
+        "curvature": "ggn",
+        "solver": ConjugateGradient(rtol=0.03, max_iter=100),
+        "memory": "3GB",
+    },
 }
 
 

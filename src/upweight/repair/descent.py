@@ -105,6 +105,11 @@ class Descent:
         at, slope = self.here(), dot(gradient, u)
         if not all(bool(torch.isfinite(v).all()) for v in u.values()):
             raise UpweightError("the step is not finite, expected finite numbers -> raise the damping")
+        if norm(u) == 0 and norm(gradient) > 0:
+            raise UpweightError(
+                "the solver gave no step at all (it stopped before its first solution) -> raise its max_iter, or the "
+                "damping"
+            )
         if self.step_size is not None:
             t = self.step_size
             self.place(combine(at, u, t))

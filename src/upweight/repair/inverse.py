@@ -64,6 +64,7 @@ class Inverse:
             curvature=self.curvature,
             damping=self._over_share(Damping.of(settings.damping)),
             solver=settings.solver or default_solver(self.curvature, model, settings.parameters),
+            preconditioner=settings.preconditioner,
             l2=divided(settings.l2, self.share) if exact else 0.0,
             fisher=settings.fisher,
             draws=settings.draws,

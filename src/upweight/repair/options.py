@@ -11,7 +11,7 @@ from upweight.curvature import KINDS, Damping
 from upweight.curvature.damping import DampingLike
 from upweight.curvature.exact import EXACT_KINDS
 from upweight.curvature.l2 import L2
-from upweight.curvature.solvers import Solver
+from upweight.curvature.solvers import Preconditioner, Sketch, Solver
 from upweight.errors import UpweightError
 from upweight.gradients.select import ParameterFilter
 from upweight.repair.change import CONVENTIONS
@@ -29,7 +29,8 @@ class Options(TypedDict, total=False):
       ``"corrected"`` (a Newton step and `steps` further preconditioned gradient steps on the changed objective),
       ``"fine_tune"`` (`steps` passes over the changed data in shuffled batches, preconditioned by the curvature),
       ``"last_layer"`` (only the last linear layer, to its exact minimum).
-    * ``curvature``, ``damping``, ``solver``, ``fisher``, ``draws``, ``parameters``, ``memory``, ``batch_size``,
+    * ``curvature``, ``damping``, ``solver``, ``preconditioner`` (none, unless told so: it seldom pays for one
+      right-hand side), ``fisher``, ``draws``, ``parameters``, ``memory``, ``batch_size``,
       ``seed``, ``progress``: as in `Influence`. ``curvature=None`` is ``"ggn"`` up to 6,000 parameters and
       ``"ekfac"`` beyond, with ``"newton"`` and the like.
     * ``l2``: the regulariser ``(1/2) sum_j l2_j theta_j^2`` of the training objective (weight decay): one coefficient,
@@ -49,6 +50,7 @@ class Options(TypedDict, total=False):
     curvature: str | None
     damping: DampingLike
     solver: str | Solver | None
+    preconditioner: str | Sketch | Preconditioner | None
     fisher: str
     draws: int
     parameters: ParameterFilter
@@ -75,6 +77,7 @@ class Settings:
     curvature: str | None = None
     damping: DampingLike = "auto"
     solver: str | Solver | None = None
+    preconditioner: str | Sketch | Preconditioner | None = None
     fisher: str = "auto"
     draws: int = 4
     parameters: ParameterFilter = None
