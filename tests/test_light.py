@@ -43,11 +43,9 @@ def test_products_of_mini_batches_run_the_model_once_where_the_columns_fit(monke
     calls = []
     fisher = tracker.fisher
     monkeypatch.setattr(tracker, "fisher", lambda *a, **k: (calls.append(1), fisher(*a, **k))[1])
-    for _ in range(4):
-        found = whole.sampled_product(x, positions)
+    found = [whole.sampled_product(x, positions) for _ in range(4)]
     assert len(calls) == 3  # the batches of one walk
-    for _ in range(4):
-        again = starved.sampled_product(x, positions)
+    again = [starved.sampled_product(x, positions) for _ in range(4)]
     assert len(calls) == 3 + 4  # nothing fits: the mini-batch itself, each time
     torch.testing.assert_close(found, again, rtol=1e-12, atol=1e-14)
 
