@@ -45,7 +45,8 @@ class Repair:
             * ``residual_gradient_norm`` of the changed objective ``before`` and ``after``, and what the training
               itself had left (``training_left``);
             * ``certificate``: for linear models, the bound on that residual (`upweight.repair.certificate`), or None;
-            * ``steps``, ``solver``, ``parameters``, ``buffers_kept``, ``seconds``, ``fingerprints``, ``versions``.
+            * ``steps``, ``solver``, ``parameters``, ``buffers_kept``, ``seconds`` (and ``processor_seconds``, of all
+              threads), ``fingerprints``, ``versions``.
     """
 
     model: nn.Module
