@@ -47,6 +47,7 @@ class Setting:
         dampings: the sweep for the first model.
         few_dampings: the sweep for the others, some of the same; all of them if None.
         checkpoints: epochs after which the run of a model that is explained is kept.
+        once: methods that take too long for more than the first model.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Setting:
     dampings: tuple[float, ...]
     checkpoints: tuple[int, ...] = ()
     few_dampings: tuple[float, ...] | None = None
+    once: frozenset[str] = frozenset()
 
     def open_bank(self, folder: Path, count: int, seeds: int, jobs: int = 1) -> uw.RetrainingBank:
         """The bank of `count` half-subsets, with all queries as "test"; seeds are the outer loop."""
@@ -237,6 +239,8 @@ def report(title: str, rows: list[Row], outcomes: Outcomes) -> str:
         if row.several is not None:
             other = f" ({row.choices[1]})" if row.choices[1] != row.choices[0] else ""
             cells += [_figure(row.several) + other, _share(row.several)]
+        elif several:
+            cells += ["–", "–"]
         lines.append("| " + " | ".join([*cells, f"{row.seconds:.1f}"]) + " |")
     lines += ["", "The sweeps, one model, on the queries with even numbers:", ""]
     for row in rows:
@@ -284,6 +288,8 @@ def main(settings: Mapping[str, Setting], count: int = 100, seeds: int = 5, mode
     scores: dict[str, list[tuple[Table, float]]] = {}
     for number in range(arguments.models):  # models are the outer loop: each is trained once
         for name in names:
+            if number and name in setting.once:
+                continue
             found = kept.get(name, number)
             if only != "scores":
                 scores.setdefault(name, []).append(found)

@@ -72,6 +72,7 @@ SETTING = Setting(
     dampings=(1e-5, 1e-4, 1e-3, 5.2e-3, 3e-2),
     few_dampings=(1e-5, 1e-4, 1e-3),
     checkpoints=(3, 6, 10, 13, 17, 20),
+    once=frozenset({"diagonal", "GGN, one sampled label, dual", "empirical Fisher, dual"}),
 )
 
 if __name__ == "__main__":
