@@ -263,25 +263,6 @@ def test_damping_relative_to_the_spectrum():
             assert used == {"0": pytest.approx(number, rel=1e-6), "2": pytest.approx(number, rel=1e-6)}
 
 
-def test_automatic_damping_solves_its_equation():
-    """``n (damping + l2) |theta|^2 = effective dimension``, from the spectrum and from Lanczos alike."""
-    model = small()
-    values = torch.linalg.eigvalsh(dense(model, "ggn")[0]).clamp_min(0)
-    squared = float(sum(p.detach().square().sum() for p in model.parameters()))
-    for l2 in (0.0, 1e-2):
-        numbers = []
-        for solver in ("direct", Fixed()):
-            info = influence(model, damping="auto", l2=l2, solver=solver).fit(TRAIN).attribute(QUERY).info
-            total = info["damping"] + l2
-            numbers.append(total)
-            if solver == "direct":
-                assert 15 * total * squared == pytest.approx(
-                    float((values / (values + total)).sum()), rel=1e-9
-                )
-                assert info["auto_damping"]["damping"] == info["damping"]
-        assert numbers[1] == pytest.approx(numbers[0], rel=0.4)  # four random probes
-
-
 def test_another_damping_needs_no_other_fit():
     method = influence(damping=1e-2).fit(TRAIN)
     operator = method._fitted.curvature.operator

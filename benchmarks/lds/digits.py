@@ -73,7 +73,7 @@ SETTING = Setting(
     network,
     train,
     train_fn,
-    {**METHODS, "GGN, dual": influence("ggn", solver="dual", l2=True)},
+    {**METHODS, "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(1e-3, 3e-3))},
     {"l2": L2, "steps": STEPS, "rate": RATE, "optimizer": "full-batch Adam, cosine"},
     l2=L2,
     dampings=DAMPINGS,

@@ -1,31 +1,46 @@
-"""``damping="auto"`` for an exact curvature: the prior precision under which the trained weights are most likely.
+"""``damping="auto"`` for an exact curvature: the damping whose predicted step lowers the real objective the most.
 
-A damping is a Gaussian prior N(0, 1 / (n damping)) on the parameters. The evidence of the trained ones, in the
-quadratic model of the loss around them, is largest where the prior's pull matches the number of directions that the
-data determines,
+Influence predicts where training on a part S of the data would have led: from theta by the step
 
-    n damping |theta|^2 = sum_j s_j / (s_j + damping) = effective dimension(damping),
+    delta(damping) = -(H + damping I)^-1 grad J_S(theta),       J_S = mean loss over S + the regulariser.
 
-s_j the eigenvalues of H. The left side rises with the damping and the right side falls: there is exactly one such
-damping. Source: "Bayesian Interpolation" (MacKay 1992, eq. 4.8 at its fixed point).
+With too little damping the step leaves the region in which the quadratic model holds and J_S rises; with too much it
+hardly moves. J_S needs no retraining to be evaluated at theta + delta, so the best damping is looked up: the one with
+the lowest J_S(theta + delta(damping)), in the mean over random halves S of the training data. Source: the damping of
+Levenberg (1944) and Marquardt (1963), by the objective itself instead of a rule for its ratio to the model's.
+
+All dampings share one Krylov space: with ``H Q = Q T`` after Lanczos steps from the gradient b,
+``(H + d I)^-1 b = |b| Q (T + d I)^-1 e_1`` for every d.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from upweight.curvature.exact import ExactCurvature
+from upweight.gradients.layers import from_parameters, to_parameters
+from upweight.task import Task
 
-PROBES = 4
-"""Random vectors whose Lanczos quadratures stand in for the trace of a function of H."""
-STEPS = 48
-"""Lanczos steps of each."""
+PAIRS = 2
+"""Random halves and their complements that the objective is evaluated on."""
+STEPS = 32
+"""Lanczos steps from each of their gradients."""
+GRID = 10**0.5
+"""Ratio of one damping that is tried to the next."""
+SPAN = 1e-6, 10.0
+"""The least and the largest damping that is tried, as shares of the top eigenvalue."""
+LEAST_OF_L2 = 1e-3
+"""The damping is at least this share of the regulariser beside it."""
 INDEFINITE_MARGIN = 2.0
 """The damping of an indefinite Hessian is at least this many times its most negative eigenvalue."""
+DIGITS = 2
+"""Significant digits of the result: more would be rounding, and would change with the batch size."""
 
 
 @dataclass(frozen=True)
@@ -34,78 +49,197 @@ class AutoDamping:
 
     Attributes:
         value: the damping.
-        effective_dimension: directions that the data determines at this damping.
-        squared_norm: ``|theta|^2`` of the tracked parameters.
-        smallest: the smallest eigenvalue (met).
+        before: the halves' mean objective at the trained parameters.
+        tried: {damping: the same after the step}.
+        smallest: the smallest eigenvalue met.
+        examples: training examples in a half.
     """
 
     value: float
-    effective_dimension: float
-    squared_norm: float
+    before: float
+    tried: Mapping[float, float]
     smallest: float
+    examples: int
 
     def summary(self) -> dict[str, Any]:
         """JSON-able, for a result's evidence."""
         return {
-            "criterion": "n damping |theta|^2 = effective dimension (MacKay 1992)",
+            "criterion": f"lowest objective of {2 * PAIRS} random halves after the damped step",
             "damping": self.value,
-            "effective_dimension": self.effective_dimension,
-            "squared_norm": self.squared_norm,
+            "objective_before": self.before,
+            "objective_after": {f"{d:.3g}": value for d, value in self.tried.items()},
+            "examples_of_a_half": self.examples,
             "smallest_eigenvalue": self.smallest,
         }
 
 
-def auto_damping(operator: ExactCurvature, eigenvalues: Tensor | None) -> AutoDamping:
-    """The damping at which ``n (damping + l2) |theta|^2`` equals the effective dimension.
+def auto_damping(operator: ExactCurvature) -> AutoDamping:
+    """The damping with the lowest objective after the step, on a grid, refined by a parabola in log damping.
 
-    The regulariser `l2` is part of the prior: where it alone is strong enough, the damping is a thousandth of it.
-
-    Args:
-        operator: H, l2 included.
-        eigenvalues: all of H's, or None to have them estimated by stochastic Lanczos quadrature.
+    Cost: `STEPS` products of H with four vectors, and some ten forward passes over the training data for each half and
+    its complement together.
     """
-    if eigenvalues is None:
-        nodes, weights = lanczos_quadrature(operator)
-    else:
-        nodes, weights = eigenvalues, torch.ones_like(eigenvalues)
-    data = (nodes - operator.l2).clamp_min(0)  # what the data alone says
-    squared = float(sum(p.detach().double().square().sum() for p in operator.tracker.parameters.values()))
-    n = operator.examples
-    precision = evidence_precision(data, weights, n, squared)
-    smallest = float(nodes.min())
-    value = max(precision - operator.l2, 1e-3 * operator.l2, -INDEFINITE_MARGIN * min(smallest, 0.0))
-    value = value or 1e-12  # no curvature at all
-    effective = float((weights * data / (data + value + operator.l2)).sum())
-    return AutoDamping(value, effective, squared, smallest)
+    objective = Halves(operator)
+    steps = KrylovSteps.of(operator, objective.gradients())
+    low = max(SPAN[0] * steps.top, LEAST_OF_L2 * operator.l2, -INDEFINITE_MARGIN * min(steps.smallest, 0.0))
+    low = low or 1e-12  # no curvature at all
+    tried: dict[float, float] = {}
+    for damping in _descending(max(SPAN[1] * steps.top, low), low):
+        tried[damping] = objective.after(steps.at(damping))
+        if min(list(tried.values())[-2:]) > min(tried.values()):  # twice in a row worse than the best
+            break
+    best = min(tried, key=tried.__getitem__)
+    for damping in (best * GRID**0.5, best / GRID**0.5):
+        tried[damping] = objective.after(steps.at(damping))
+    value = max(low, float(f"{_refined(tried):.{DIGITS - 1}e}"))
+    return AutoDamping(value, objective.before, tried, steps.smallest, objective.size)
 
 
-def evidence_precision(eigenvalues: Tensor, weights: Tensor, n: int, squared: float) -> float:
-    """The root of ``n x squared = sum_j weights_j eigenvalues_j / (eigenvalues_j + x)``, by bisection of log x."""
-    top = float(eigenvalues.max())
-    if top <= 0 or squared <= 0:
-        return max(top, 0.0) * 0.1
-    low, high = top * 1e-14, max(top, float(weights.sum()) / (n * squared)) * 10
-    for _ in range(100):
-        middle = (low * high) ** 0.5
-        determined = float((weights * eigenvalues / (eigenvalues + middle)).sum())
-        low, high = (middle, high) if n * middle * squared < determined else (low, middle)
-    return (low * high) ** 0.5
+def _descending(top: float, low: float) -> list[float]:
+    """Powers of `GRID` from `top` down to `low`, the same ones whatever the two are."""
+    first, last = (round(math.log(x, GRID)) for x in (top, low))
+    return [GRID**k for k in range(first, last - 1, -1)]
 
 
-def lanczos_quadrature(
-    operator: ExactCurvature, probes: int = PROBES, steps: int = STEPS
-) -> tuple[Tensor, Tensor]:
-    """Nodes and weights with ``sum weights f(nodes) ~= trace f(H)``: stochastic Lanczos quadrature.
+def _refined(tried: Mapping[float, float]) -> float:
+    """The minimum, in log damping, of the parabola through the best point and its neighbours; itself at an end."""
+    points = sorted(tried)
+    k = min(range(len(points)), key=lambda j: tried[points[j]])
+    if not 0 < k < len(points) - 1:
+        return points[k]
+    x, (a, b, c) = [math.log(d) for d in points[k - 1 : k + 2]], [tried[d] for d in points[k - 1 : k + 2]]
+    if not (math.isfinite(a) and math.isfinite(c)):
+        return points[k]
+    left, right = (b - a) / (x[1] - x[0]), (c - b) / (x[2] - x[1])
+    bend = (right - left) / (x[2] - x[0])
+    return math.exp((x[0] + x[1]) / 2 - left / (2 * bend)) if bend > 0 else points[k]
 
-    All probes advance together, one product a step, with full reorthogonalisation. Source: "Fast Estimation of tr(f(A))
-    via Stochastic Lanczos Quadrature" (Ubaru, Chen, Saad 2017).
+
+# The objective of the halves -------------------------------------------------------------------------------------
+
+
+class Halves:
+    """``J_S(theta) = mean loss over S + (1/2) sum_j l2_j theta_j^2`` of random halves S and their complements.
+
+    Attributes:
+        size: examples of a half.
+        before: the mean of J_S over the halves at the trained parameters.
     """
-    p, steps = operator.size, min(steps, operator.size)
-    device = operator.tracker.device
-    signs = torch.randint(0, 2, (p, probes), generator=torch.Generator().manual_seed(0))
-    q = (2.0 * signs.double() - 1).to(device) / p**0.5
-    basis = [q]
-    alphas, betas = [], []
+
+    def __init__(self, operator: ExactCurvature) -> None:
+        self.operator, self.tracker = operator, operator.tracker
+        n = operator.examples
+        self.size = max(1, n // 2)
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.zeros(2 * PAIRS, n, dtype=torch.float64)
+        for row in range(0, 2 * PAIRS, 2):
+            order = torch.randperm(n, generator=generator)
+            weights[row, order[: self.size]] = 1
+            weights[row + 1, order[-self.size :]] = 1
+        self.weights = weights / self.size  # [half, example]
+        theta = {name: p.detach()[None] for name, p in self.tracker.parameters.items()}
+        self.theta = from_parameters(self.tracker.layers, theta)[0]
+        self.losses = PerExampleLoss(self.tracker.task, self.tracker.model)
+        self.before = self.after(torch.zeros(self.theta.numel(), 2 * PAIRS))
+
+    def gradients(self) -> Tensor:
+        """``grad J_S(theta)`` [p, half], float64."""
+        parameters = self.tracker.parameters
+        total = torch.zeros(2 * PAIRS, self.theta.numel(), dtype=torch.float64, device=self.theta.device)
+        with torch.inference_mode(False), torch.enable_grad():
+            for start, stop, batch in self._batches():
+                with self.tracker.quietly():
+                    losses = self.losses(batch)
+                found = []
+                for weights in self.weights[:, start:stop].to(losses):
+                    g = torch.autograd.grad(
+                        losses @ weights, list(parameters.values()), retain_graph=True, allow_unused=True
+                    )
+                    found.append(
+                        [p.new_zeros(p.shape) if x is None else x for x, p in zip(g, parameters.values())]
+                    )
+                named = {name: torch.stack(rows) for name, rows in zip(parameters, zip(*found, strict=True))}
+                total += from_parameters(self.tracker.layers, named)
+        return total.T + (self.operator.ridge * self.theta).double()[:, None]
+
+    @torch.no_grad()
+    def after(self, steps: Tensor) -> float:
+        """The mean of ``J_S(theta - step_S)`` over the halves, for steps [p, half]; infinite where it overflows."""
+        total = 0.0
+        moved = self.theta - steps.T.to(self.theta)  # [half, p]
+        named = to_parameters(self.tracker.layers, moved)
+        for start, stop, batch in self._batches():
+            for half in range(2 * PAIRS):
+                parameters = {f"model.{name}": rows[half] for name, rows in named.items()}
+                with self.tracker.quietly():
+                    losses = torch.func.functional_call(self.losses, parameters, (batch,))
+                total += float(losses.double().cpu() @ self.weights[half, start:stop])
+        total += float((moved.double().square() @ self.operator.ridge.double()).sum()) / 2
+        return total / (2 * PAIRS) if math.isfinite(total) else math.inf
+
+    def _batches(self) -> Any:
+        for rows in self.operator.data.batches(self.operator.batch_size):
+            yield rows.start, rows.stop, self.tracker.move(rows.batch)
+
+
+class PerExampleLoss(nn.Module):
+    """A task's training loss as a module of the model, so that it can be evaluated at other parameters."""
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        super().__init__()
+        self.task, self.model = task, model
+        self.training = model.training
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.task.train_loss(self.model, batch)
+
+
+# Steps for every damping -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KrylovSteps:
+    """``(H + d I)^-1 b`` of several b for every d, from the Krylov space of each.
+
+    Attributes:
+        basis: Lanczos vectors Q, one [p, k] a step.
+        tridiagonal: T of every b, [k, steps, steps].
+        norms: |b| [k].
+        top: the largest eigenvalue of H that was met.
+        smallest: the smallest.
+    """
+
+    basis: Sequence[Tensor]
+    tridiagonal: Tensor
+    norms: Tensor
+    top: float
+    smallest: float
+
+    @classmethod
+    def of(cls, operator: ExactCurvature, b: Tensor, steps: int = STEPS) -> KrylovSteps:
+        """The Krylov spaces of b [p, k]: all advance together, one product a step, with full reorthogonalisation."""
+        norms = torch.linalg.vector_norm(b, dim=0)
+        basis, T = lanczos(operator, b / norms.clamp_min(1e-300), steps)
+        values = torch.linalg.eigvalsh(T)
+        return cls(basis, T, norms, float(values.max()), float(values.min()))
+
+    def at(self, damping: float) -> Tensor:
+        """``(H + damping I)^-1 b`` [p, k]."""
+        count = self.tridiagonal.shape[-1]
+        first = torch.zeros(len(self.norms), count, 1, dtype=self.tridiagonal.dtype, device=self.norms.device)
+        first[:, 0, 0] = self.norms
+        damped = self.tridiagonal + damping * torch.eye(count).to(self.tridiagonal)
+        weights = torch.linalg.solve(damped, first)[..., 0]  # [k, steps]
+        return sum((q * weights[:, j] for j, q in enumerate(self.basis)), torch.zeros_like(self.basis[0]))
+
+
+def lanczos(operator: ExactCurvature, q: Tensor, steps: int) -> tuple[list[Tensor], Tensor]:
+    """Lanczos vectors, one [p, k] a step, and tridiagonals [k, steps, steps], from unit vectors q [p, k].
+
+    A space that is exhausted before the others goes on with zero vectors and zero couplings.
+    """
+    steps = min(steps, operator.size)
+    basis, alphas, betas = [q], [], []
     for step in range(steps):
         w = operator.product(basis[-1])
         alphas.append((w * basis[-1]).sum(0))
@@ -113,20 +247,34 @@ def lanczos_quadrature(
             for v in basis:
                 w = w - v * (v * w).sum(0)
         beta = torch.linalg.vector_norm(w, dim=0)
-        if step + 1 == steps or float(beta.max()) < 1e-12 * float(alphas[0].abs().max() + 1e-300):
+        scale = torch.stack(alphas).abs().amax(0).clamp_min(1e-300)
+        beta = torch.where(beta > 1e-10 * scale, beta, torch.zeros_like(beta))
+        if step + 1 == steps or not bool(beta.any()):
             break
         betas.append(beta)
-        basis.append(w / beta.clamp_min(1e-300))
-    nodes, weights = [], []
-    for j in range(probes):
-        T = torch.diag(torch.stack(alphas)[:, j])
-        if betas:
-            off = torch.stack(betas)[: len(alphas) - 1, j]
-            T = T + torch.diag(off, 1) + torch.diag(off, -1)
-        values, vectors = torch.linalg.eigh(T)
-        nodes.append(values)
-        weights.append(vectors[0].square() * p / probes)
-    return torch.cat(nodes), torch.cat(weights)
+        basis.append(torch.where(beta > 0, w / beta.clamp_min(1e-300), torch.zeros_like(w)))
+    T = torch.diag_embed(torch.stack(alphas, 1))
+    if betas:
+        off = torch.diag_embed(torch.stack(betas, 1), 1)
+        T = T + off + off.mT
+    return basis, T
+
+
+# The spectrum in passing -----------------------------------------------------------------------------------------
+
+
+def lanczos_quadrature(
+    operator: ExactCurvature, probes: int = 4, steps: int = STEPS
+) -> tuple[Tensor, Tensor]:
+    """Nodes and weights with ``sum weights f(nodes) ~= trace f(H)``: stochastic Lanczos quadrature.
+
+    Source: "Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature" (Ubaru, Chen, Saad 2017).
+    """
+    p = operator.size
+    signs = torch.randint(0, 2, (p, probes), generator=torch.Generator().manual_seed(0))
+    _, T = lanczos(operator, (2.0 * signs.double() - 1).to(operator.tracker.device) / p**0.5, steps)
+    values, vectors = torch.linalg.eigh(T)
+    return values.flatten(), (vectors[:, 0].square() * p / probes).flatten()
 
 
 def trace(operator: ExactCurvature) -> float:
@@ -140,4 +288,4 @@ def trace(operator: ExactCurvature) -> float:
 
 def top_eigenvalue(operator: ExactCurvature) -> float:
     """The largest eigenvalue of H, by Lanczos from several random vectors."""
-    return float(lanczos_quadrature(operator, probes=2, steps=STEPS)[0].max())
+    return float(lanczos_quadrature(operator, probes=2)[0].max())

@@ -2,9 +2,9 @@
 
 Small damping trusts the curvature in directions that the training data hardly determines, where a score can blow up;
 large damping tends to plain gradient inner products. ``"auto"`` is a tenth of each layer's mean eigenvalue for
-structured curvatures, the rule that most EK-FAC work uses, and the evidence's choice for exact ones (see
-`upweight.curvature.auto_damping`); a number is the same absolute damping for all layers, which makes the result one
-``(H + damping I)^-1``.
+structured curvatures, the rule that most EK-FAC work uses, and for exact ones the damping whose steps lower the real
+objective the most (see `upweight.curvature.auto_damping`); a number is the same absolute damping for all layers, which
+makes the result one ``(H + damping I)^-1``.
 """
 
 from __future__ import annotations

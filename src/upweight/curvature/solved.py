@@ -105,7 +105,7 @@ class SolvedCurvature:
 
     def _resolve(self, damping: Damping) -> float:
         if damping.auto:
-            found = auto_damping(self.operator, self.eigenvalues())
+            found = auto_damping(self.operator)
             self.info["auto_damping"] = found.summary()
             return found.value
         if damping.relative == "top":
