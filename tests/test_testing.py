@@ -114,6 +114,14 @@ ATTRIBUTORS: dict[str, tuple[Make, set[str]]] = {
     "TracIn": (tracin(), {"weight", "damping limit"}),
     "TracIn, projected": (tracin(projection=32), {"weight", "damping limit", "layers"}),
     "TracIn, last layer": (tracin(parameters="last_layer"), {"weight", "damping limit"}),
+    "Ensemble, EK-FAC": (
+        lambda m, t: uw.Ensemble(m, t, checkpoints=nearby(m), method=influence("ekfac")),
+        {"damping limit"},
+    ),
+    "Ensemble, by name": (
+        lambda m, t: uw.Ensemble(m, t, checkpoints=nearby(m), method="grad-dot"),
+        {"weight", "damping limit"},
+    ),
     "Representer": (lambda m, t: uw.Representer(m, t, l2=0.1), {"weight", "damping limit", "layers"}),
     "Datamodel": (BankOfTheLinearTruth, {"damping limit", "self-influence", "layers"}),
     "Loss": (uw.Loss, CONTROL),
@@ -141,7 +149,7 @@ def test_attributors_that_fit_themselves_to_the_data_obey_the_other_laws():
     assert auto.passed and lissa.passed
 
 
-@pytest.mark.parametrize("name", ["Influence, K-FAC", "GradDot", "TracIn", "Representer"])
+@pytest.mark.parametrize("name", ["Influence, K-FAC", "GradDot", "TracIn", "Ensemble, EK-FAC", "Representer"])
 def test_every_result_carries_the_same_evidence(name):
     x, y = torch.randn(8, 4), torch.arange(8) % 3
     method = ATTRIBUTORS[name][0](nn.Sequential(nn.Linear(4, 3)), uw.Classification())

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from upweight.attributors.baselines.random_scores import Random
     from upweight.attributors.damping_curve import damping_curve
     from upweight.attributors.datamodel import Datamodel
+    from upweight.attributors.ensemble import Ensemble
     from upweight.attributors.functional import Functional
     from upweight.attributors.gradient_similarity import GradCos, GradDot
     from upweight.attributors.group import GroupEffect
@@ -56,6 +57,7 @@ _LAZY = {
     "Decisions": "upweight.explorer.decisions",
     "EL2N": "upweight.attributors.baselines.el2n",
     "EmbeddingSimilarity": "upweight.attributors.baselines.embedding",
+    "Ensemble": "upweight.attributors.ensemble",
     "Examples": "upweight.data",
     "Experiment": "upweight.experiment",
     "Functional": "upweight.attributors.functional",
@@ -109,6 +111,7 @@ __all__ = [
     "Decisions",
     "EL2N",
     "EmbeddingSimilarity",
+    "Ensemble",
     "Examples",
     "Experiment",
     "Functional",

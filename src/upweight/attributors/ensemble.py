@@ -1,0 +1,167 @@
+"""Ensemble: the mean of a method's scores over checkpoints of one run, or over models of several.
+
+    scores[q, i] = (1/T) sum_t scores_t[q, i]
+
+What one trained model says of itself is partly an accident of its seed and of where training stopped; real retraining
+has other accidents. The mean over models, and even over checkpoints of a single run, agrees with it better.
+"Revisiting the Fragility of Influence Functions" (arXiv 2303.12922) and TRAK (arXiv 2303.14186) average over models;
+"Training Data Attribution via Approximate Unrolling" (arXiv 2405.12186) does so over segments of a run.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upweight.attributors.by_name import build
+from upweight.attributors.checkpoints import Checkpoint, as_checkpoints, load_checkpoint, read_checkpoint
+from upweight.errors import UpweightError
+from upweight.scores import Scores, SelfInfluence
+from upweight.task import Task
+
+
+class Ensemble:
+    """The mean scores of several models of one architecture.
+
+    The unit is that of the method: the mean predicted change over these models. Of checkpoints from early in a run that
+    is a change at that time, so take such a mean for its order.
+
+    Args:
+        model: a model of the architecture, in eval mode. Nothing on it is changed: checkpoints are loaded into copies.
+        task: its training loss and what is asked of queries.
+        checkpoints: one or more of: a state dict, a file (safetensors, or a torch file, of which only tensors are
+            read), a model, or a function without arguments that returns a state dict.
+        method: what scores each of them: a name as on the command line (``"ekfac"``, ``"ggn:damping=0.01"``), or a
+            function ``(model, task) -> attributor``.
+
+    Cost: the method's, for every checkpoint; all of them stay fitted, each with its copy of the model, so give the
+    method a ``memory=`` that fits as many times.
+
+    Fails when: the models were trained on different data than is given to `fit`; checkpoints are so early that nothing
+    was learned yet.
+
+    Example:
+        >>> import torch, upweight as uw
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> weights = [{"weight": torch.tensor([[w]])} for w in (0.0, 0.5)]
+        >>> train = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [2.0]])
+        >>> method = uw.Ensemble(model, uw.Regression(), checkpoints=weights, method="grad-dot")
+        >>> method.fit(train).attribute((train[0][:1], train[1][:1])).values.tolist()
+        [[0.625, 2.5]]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        checkpoints: Sequence[Checkpoint],
+        method: str | Callable[[nn.Module, Task], Any] = "ekfac",
+    ) -> None:
+        if not (isinstance(method, str) or callable(method)):
+            raise UpweightError(
+                f"method is {type(method).__name__}, expected a name or a function (model, task) -> attributor -> "
+                "'ekfac' for example"
+            )
+        self.model, self.task, self.method = model, task, method
+        self.checkpoints = as_checkpoints(checkpoints)
+        self.members: list[Any] = []
+        if isinstance(method, str):
+            build(method, model, task)  # an unknown name, or a task it does not go with, is refused at once
+
+    def fit(self, train: Any, *, ids: Sequence[int | str] | None = None) -> Ensemble:
+        """Fit the method on every checkpoint.
+
+        Args:
+            train: a Dataset, a DataLoader, or ``(inputs, targets)``; the data the models were trained on.
+            ids: one id per training example; positions if None.
+
+        Returns:
+            Itself.
+
+        Raises:
+            UpweightError: a checkpoint is of another architecture or not finite; or what the method refuses.
+        """
+        self.members = []
+        members = [self._member(number) for number in range(len(self.checkpoints))]
+        more = {} if ids is None else {"ids": ids}
+        self.members = [member.fit(train, **more) for member in members]
+        return self
+
+    def attribute(
+        self,
+        query: Any,
+        *,
+        per_layer: bool = False,
+        out: str | os.PathLike[str] | None = None,
+        ids: Sequence[int | str] | None = None,
+    ) -> Scores:
+        """The mean scores of every training example for every query.
+
+        Args:
+            query: queries in the form of the training data.
+            per_layer: also keep each layer's part of the scores.
+            out: a folder to write finished tiles of the scores to, if the method can; a killed run resumes from it.
+            ids: one id per query; positions if None.
+
+        Returns:
+            `Scores` [query, train], in the method's unit.
+
+        Raises:
+            UpweightError: not fitted, or what the method refuses.
+        """
+        self._ready()
+        more: dict[str, Any] = {"per_layer": True} if per_layer else {}
+        more |= {} if ids is None else {"ids": ids}
+        found = []
+        for number, member in enumerate(self.members):
+            folder = {} if out is None else {"out": Path(out) / f"checkpoint-{number:04d}"}
+            found.append(member.attribute(query, **more, **folder))
+        first: Scores = found[0]
+        layers = {name: _mean([s.layers[name] for s in found]) for name in first.layers or ()}
+        info = self._info([s.info for s in found])
+        values = _mean([s.values for s in found])
+        return Scores(values, first.query_ids, first.train_ids, first.unit, info, layers or None)
+
+    def self_influence(self) -> SelfInfluence:
+        """The mean self-influence of every training example.
+
+        Raises:
+            UpweightError: not fitted, or the method has none.
+        """
+        self._ready()
+        found = [member.self_influence() for member in self.members]
+        first: SelfInfluence = found[0]
+        info = self._info([s.info for s in found])
+        return SelfInfluence(_mean([s.values for s in found]), first.train_ids, first.unit, info)
+
+    def _member(self, number: int) -> Any:
+        """The method on a copy of the model that holds a checkpoint."""
+        model = copy.deepcopy(self.model)
+        load_checkpoint(model, read_checkpoint(self.checkpoints[number], number), number)
+        if isinstance(self.method, str):
+            return build(self.method, model, self.task)
+        return self.method(model, self.task)
+
+    def _ready(self) -> None:
+        if not self.members:
+            raise UpweightError("not fitted yet -> call fit(train) first")
+
+    def _info(self, infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The last member's evidence, and of each what differs."""
+        last = infos[-1]
+        differing = [
+            {key: value for key, value in info.items() if last.get(key) != value or key == "fingerprints"}
+            for info in infos
+        ]
+        return {**last, "method": f"mean of {last['method']}", "ensemble": len(infos), "members": differing}
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).mean(0)
