@@ -20,7 +20,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all bench docs lint types format lock clean
+.PHONY: help demo test test-all bench bench-lds docs lint types format lock clean
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -39,6 +39,11 @@ test-all: $(BASE)  ## every test
 bench: $(BENCH)  ## run every script in benchmarks/
 	@set -e; for script in $(or $(wildcard benchmarks/[a-z]*.py),no-benchmarks-yet); do \
 		echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+bench-lds: $(BENCH)  ## run every LDS recipe, hours of retraining; UPWEIGHT_DATA names the data
+	@set -e; for recipe in digits fashion "tabular concrete" "tabular parkinsons" "mnist mnist-lr" "mnist mnist-mlp" \
+		"cifar narrow" gpt; do set -- $$recipe; \
+		echo "== $$recipe"; $(BIN)/python benchmarks/lds/$$1.py $$2 $(ARGS); done
 
 docs: $(DEV)  ## build the documentation into site/; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

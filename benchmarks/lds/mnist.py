@@ -1,6 +1,6 @@
 """LDS on MNIST in dattri's setting: logistic regression, or an MLP, half-subsets of real retraining.
 
-    UPWEIGHT_DATA=FOLDER python benchmarks/lds/mnist.py lr|mlp [--bank runs/banks/mnist-lr] [--seeds 1]
+    UPWEIGHT_DATA=FOLDER python benchmarks/lds/mnist.py mnist-lr|mnist-mlp [--bank runs/banks/mnist-lr] [--seeds 1]
 
 The first 5,000 training images and the first 500 test images, pixels standardised, batches of 64. `lr`: 784-10 without
 a bias, SGD at rate .01, 20 epochs. `mlp`: 784-128-64-10, ReLU, dropout .1, SGD at rate .01 with momentum .9, 50 epochs.
