@@ -5,6 +5,7 @@ from upweight.evaluate.bank import RetrainingBank
 from upweight.evaluate.bootstrap import Estimate
 from upweight.evaluate.brittleness import Brittleness, brittleness, retrain_in
 from upweight.evaluate.ceiling import NoiseCeiling, noise_ceiling
+from upweight.evaluate.damping import DampingChoice, choose_damping
 from upweight.evaluate.label_noise import LabelNoise, label_noise
 from upweight.evaluate.lds import LDS, lds, lds_difference
 from upweight.evaluate.leave_one_out import LeaveOneOut, leave_one_out
@@ -18,6 +19,7 @@ __all__ = [
     "BankReport",
     "Brittleness",
     "Check",
+    "DampingChoice",
     "Estimate",
     "LDS",
     "LabelNoise",
@@ -29,6 +31,7 @@ __all__ = [
     "RetrainingBank",
     "Subsets",
     "brittleness",
+    "choose_damping",
     "class_detection",
     "label_noise",
     "lds",

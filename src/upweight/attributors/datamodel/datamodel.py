@@ -68,8 +68,8 @@ class Datamodel:
         outcomes: ``bank.outcomes(name)`` of a retraining bank; or ``(masks, values)`` with masks [subset, train] and
             values [subset, query] or [subset, seed, query], **lower is better** (negate a margin).
         estimator: ``"lasso"`` (sparse), ``"ridge"`` (better where subsets are few and every example counts a little),
-            or ``"difference"``: the mean outcome without the example minus the mean with it (subsampled influence),
-            which has no penalty.
+            or ``"difference"``: the mean outcome without the example minus the mean with it (subsampled influence; of
+            half-subsets, the Data Banzhaf value by maximum sample reuse), which has no penalty.
         alpha: ``"cv"`` chooses each query's penalty on held-out masks; a number is the penalty of the objective
             ``|Y - b - Z w|^2 / 2J + alpha |w|_1`` (ridge: ``+ alpha |w|^2 / 2``); 0 is least squares, which needs more
             subsets than training examples.
@@ -86,7 +86,7 @@ class Datamodel:
         UpweightError: the outcomes do not fit each other or the task, or the arguments are not known.
 
     Source: *Datamodels: Predicting Predictions from Training Data* (arXiv 2202.00622); ``"difference"``: *What Neural
-    Networks Memorize and Why* (arXiv 2008.03703).
+    Networks Memorize and Why* (arXiv 2008.03703), *Data Banzhaf* (arXiv 2205.15466).
 
     Example:
         >>> import numpy as np, torch, upweight as uw
