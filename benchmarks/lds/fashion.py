@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _data import Data, grey_images
-from _methods import CLASSIFICATION
+from _methods import CLASSIFICATION, influence
 from _suite import Setting, main
 from _training import Checkpoint, sgd
 from torch import nn
@@ -61,7 +61,7 @@ SETTING = Setting(
     network,
     train,
     train_fn,
-    CLASSIFICATION,
+    {**CLASSIFICATION, "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(3e-2,))},
     {
         "recipe": "sgd",
         **RECIPE,
@@ -72,7 +72,7 @@ SETTING = Setting(
     dampings=(1e-5, 1e-4, 1e-3, 5.2e-3, 3e-2),
     few_dampings=(1e-5, 1e-4, 1e-3),
     checkpoints=(3, 6, 10, 13, 17, 20),
-    once=frozenset({"diagonal", "GGN, one sampled label, dual", "empirical Fisher, dual"}),
+    once=frozenset({"diagonal", "GGN, exact", "GGN, one sampled label, dual", "empirical Fisher, dual"}),
 )
 
 if __name__ == "__main__":
