@@ -66,7 +66,7 @@ def tracin(run: Explained) -> Iterator[tuple[str, Any]]:
     yield "", made.fit(run.train).attribute(run.query)
 
 
-def over_checkpoints(curvature: str) -> Method:
+def over_checkpoints(curvature: str, dampings: tuple[float, ...] | None = None, **options: Any) -> Method:
     """The mean over the run's checkpoints of influence scores, each with its own curvature."""
 
     def method(run: Explained) -> Iterator[tuple[str, Any]]:
@@ -75,7 +75,7 @@ def over_checkpoints(curvature: str) -> Method:
         try:
             for state, _ in run.checkpoints:
                 run.model.load_state_dict(state)
-                for choice, scores in influence(curvature)(run):
+                for choice, scores in influence(curvature, dampings, **options)(run):
                     totals[choice] = totals.get(choice, 0) + as_array(scores)
         finally:
             run.model.load_state_dict(last)

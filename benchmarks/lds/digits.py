@@ -5,6 +5,7 @@
 The training objective is the mean cross-entropy over the subset plus (l2/2) ||theta||^2 over all parameters, l2 = 1e-3,
 so its curvature is H + l2 I: a method that is told nothing of l2 has it within its damping. Every model starts from
 fresh weights of its seed and is trained by full-batch Adam, 300 steps, learning rate 1e-2 falling to 0 along a cosine.
+Checkpoints are kept after every fifth of the steps.
 Data: scikit-learn's digits, divided by 16, 1437 to train on and 360 queries, split by a permutation of seed 0.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _methods import CLASSIFICATION, Data, influence
+from _methods import CLASSIFICATION, Data, influence, over_checkpoints
 from _suite import Setting, main
 from _training import Checkpoint
 from sklearn.datasets import load_digits
@@ -43,29 +44,34 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-def train_fn(indices: np.ndarray, seed: int) -> nn.Module:
-    """Minimise the subset's mean cross-entropy + (L2/2) ||theta||^2 from the seed's weights."""
+def train(
+    indices: np.ndarray, seed: int, keep_after: Sequence[int] = ()
+) -> tuple[nn.Module, list[Checkpoint]]:
+    """Minimise the subset's mean cross-entropy + (L2/2) ||theta||^2 from the seed's weights; keep these steps."""
     x, y = (tensor[indices] for tensor in data()[0])
     torch.manual_seed(seed)
-    model = network()
+    model, kept = network(), []
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        rate = optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         optimizer.zero_grad()
         penalty = sum(p.square().sum() for p in model.parameters())
         (F.cross_entropy(model(x), y) + L2 / 2 * penalty).backward()
         optimizer.step()
-    return model.eval()
+        if step + 1 in keep_after:
+            kept.append(({k: v.detach().clone() for k, v in model.state_dict().items()}, rate))
+    return model.eval(), kept
 
 
-def train(
-    indices: np.ndarray, seed: int, keep_after: Sequence[int] = ()
-) -> tuple[nn.Module, list[Checkpoint]]:
-    """The same; this recipe keeps no checkpoints, for steps of Adam are not gradients."""
-    return train_fn(indices, seed), []
+def train_fn(indices: np.ndarray, seed: int) -> nn.Module:
+    return train(indices, seed)[0]
 
 
-METHODS = {name: method for name, method in CLASSIFICATION.items() if "checkpoints" not in name}
+# TracIn is left out: the steps of Adam are not gradients.
+METHODS = {name: method for name, method in CLASSIFICATION.items() if not name.startswith("TracIn")} | {
+    "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(1e-3, 3e-3)),
+    "GGN, exact, mean over checkpoints": over_checkpoints("ggn", (), solver="cg", l2=True),
+}
 SETTING = Setting(
     "Digits MLP 64-256-128-10",
     uw.Classification(),
@@ -73,10 +79,11 @@ SETTING = Setting(
     network,
     train,
     train_fn,
-    {**METHODS, "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(1e-3, 3e-3))},
+    METHODS,
     {"l2": L2, "steps": STEPS, "rate": RATE, "optimizer": "full-batch Adam, cosine"},
     l2=L2,
     dampings=DAMPINGS,
+    checkpoints=tuple(STEPS * k // 5 for k in range(1, 6)),
 )
 
 if __name__ == "__main__":
