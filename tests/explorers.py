@@ -1,5 +1,6 @@
 """What tests of the explorer share: small experiments with an issue table, a server in a thread, and a browser."""
 
+import asyncio
 import threading
 import time
 from contextlib import contextmanager
@@ -80,20 +81,26 @@ def serving(run, port=0, reviewer="ada"):
     pytest.importorskip("gradio", reason="pip install 'upweight[explore]'")
     from upweight.explorer.server import application, listen
 
-    opened = listen("127.0.0.1", port)
-    config = uvicorn.Config(
-        application(run, reviewer=reviewer), log_level="warning", timeout_graceful_shutdown=1, lifespan="on"
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
+    opened, servers = listen("127.0.0.1", port), []
+
+    async def built():  # where no event loop is running, gradio makes some that it never closes
+        return application(run, reviewer=reviewer)
+
+    def serve():
+        app = asyncio.run(built())
+        options = {"log_level": "warning", "timeout_graceful_shutdown": 1, "lifespan": "on"}
+        servers.append(uvicorn.Server(uvicorn.Config(app, **options)))
+        servers[0].run(sockets=[opened])
+
+    thread = threading.Thread(target=serve)
     thread.start()
-    while not server.started:
+    while not servers or not servers[0].started:
         assert thread.is_alive()
         time.sleep(0.02)
     try:
         yield f"http://127.0.0.1:{opened.getsockname()[1]}/"
     finally:
-        server.should_exit = True
+        servers[0].should_exit = True
         thread.join(60)
         opened.close()
 

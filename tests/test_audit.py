@@ -257,6 +257,24 @@ def test_duplicates_with_other_labels_are_called_out():
     assert (facts["exact_copies"], facts["exact_copies_with_another_label"]) == (4, 2)
 
 
+def test_pairs_that_were_not_compared_are_counted(monkeypatch):
+    """Only so many pairs are compared by their gradients; the others are not flagged, and the table says so."""
+    (x, y), _, _ = blobs(wrong=0)
+    x[50], y[50], x[30], y[30] = x[60] + 1e-6, y[60], x[40] + 2e-6, y[40]
+    model = trained((x, y))
+
+    def facts():
+        table = uw.audit(model, uw.Classification(), (x, y), kinds=["near_duplicate"], **QUIET)
+        return table.info["detectors"]["near_duplicate"]
+
+    whole = facts()
+    assert whole["pairs_not_compared"] == 0 and whole["flagged"] >= 4
+    monkeypatch.setattr("upweight.repair.duplicates.MOST_PAIRS", 1)
+    cut = facts()
+    assert (cut["pairs_compared"], cut["flagged"]) == (1, 1)
+    assert cut["pairs_not_compared"] == whole["pairs_compared"] - 1
+
+
 def test_of_several_copies_the_contrary_one_is_named():
     x, y = torch.randn(30, 2), torch.arange(30) % 3
     x[[3, 6, 9, 10]] = x[3].clone()  # labels 0, 0, 0, 1

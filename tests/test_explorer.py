@@ -1,8 +1,11 @@
 """The explorer without a browser: who may talk to it, what comes next, what is written, what can be uploaded."""
 
 import io
+import shlex
 import socket
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,6 +229,38 @@ def test_a_query_that_is_not_there_is_refused(run, key):
         panels.explanation(run, key, "ekfac", "", None, 4)
 
 
+def test_a_prediction_is_wrong_only_where_it_can_be_right():
+    """A number is never exactly what was predicted, which is no mistake."""
+    x = torch.randn(N, 3)
+    values = uw.Experiment(torch.nn.Linear(3, 1), uw.Regression(), (x, x[:, :1]), (x, x[:, :1]))
+    classes = experiment()
+    for bundle, marked in ((values, {False}), (classes, {True, False})):
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(bundle, Path(folder), method="grad-dot")
+            shown = [panels.explanation(run, f"query:{k}", "", "", None, 4) for k in range(6)]
+        assert all("The model says" in one for one in shown)
+        assert {"class=wrong" in one for one in shown} == marked
+
+
+def test_what_is_kept_of_an_example_is_small(tmp_path):
+    """Thousands of looks stay in memory: neither texts of megabytes nor a thousand columns may."""
+    data = torch.zeros(N, 2000), torch.arange(N) % 3
+    run = Run(experiment(train=data, query=data), tmp_path)
+    assert len(run.shown("train", [3])[0].fields) == 24
+    run = Run(experiment(show=lambda example: "long " * 2_000_000), tmp_path)
+    (look,) = run.shown("train", [3])
+    assert len(look.words) < 500 and "more characters" in look.words
+    assert run.shown("train", [3])[0] is look
+
+
+def test_commands_can_be_typed_as_they_are_shown(tmp_path):
+    folder = tmp_path / "my run; rm"
+    run = Run(experiment(), folder, "my code/pets.py:experiment")
+    words = shlex.split(panels.apply_command(run))
+    assert words == ["upweight", "repair", "my code/pets.py:experiment", "--out", str(folder)]
+    assert "upweight audit &#39;my code/pets.py:experiment&#39;" in panels.review(run, LABELS, None)
+
+
 # Uploads -------------------------------------------------------------------------------------------------------------
 
 
@@ -345,8 +380,9 @@ def test_a_taken_port_is_refused_if_it_was_asked_for_and_else_another_is_found(u
         code, _, err = upweight("explore", file, "--port", str(port), "--out", "run")
         assert code == 2 and f"port {port} is taken" in err
         monkeypatch.setattr(server, "PORT", port)
-        with server.listen("127.0.0.1", None) as found:
-            assert found.getsockname()[1] > port
+        with server.listen("127.0.0.1", None) as found, server.listen("127.0.0.1", None) as third:
+            # Two explorers that start at the same time: the second sees that the first has the port.
+            assert third.getsockname()[1] > found.getsockname()[1] > port
 
 
 def test_decisions_of_another_experiment_are_refused(upweight, file, tmp_path):

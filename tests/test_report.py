@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,13 +17,15 @@ from run_folders import (
     issues,
     put,
     repair,
+    verification,
     write_scores,
 )
 from torch import nn
 
 import upweight as uw
 from upweight.evaluate.outcomes import Outcomes
-from upweight.report import build
+from upweight.fingerprint import model_fingerprint
+from upweight.report import build, summary
 from upweight.report.calibration import POINTS, calibration
 from upweight.report.issue_rows import issue_data
 from upweight.report.queries import cards, concentration
@@ -262,6 +265,72 @@ def test_what_belongs_to_another_experiment_is_left_out(tmp_path):
     assert read_run(tmp_path, smaller).issues is None
     put(tmp_path, "issues.json", issues(30, settings={"train": "another fingerprint"}))
     assert "issues.json is about other training data" in " ".join(read_run(tmp_path, experiment).notices)
+
+
+def test_a_verification_of_an_earlier_repair_is_left_out(tmp_path):
+    """Repairing again without --verify leaves verify.json behind, which is about the repair before."""
+    experiment = images()
+    everything(tmp_path, experiment)
+
+    def marked(after):
+        return {"before": "a", "after": after, "train": experiment.train.fingerprint()}
+
+    def written(content, after):
+        return {**content, "evidence": {**content["evidence"], "fingerprints": marked(after)}}
+
+    put(tmp_path, "repair/verify.json", {**verification(), "info": {"fingerprints": marked("b")}})
+    put(tmp_path, "repair/repair.json", written(repair(), "b"))
+    assert "Against real retraining" in Page(build(tmp_path, experiment)).text
+    put(tmp_path, "repair/repair.json", written(repair(removed=[7]), "c"))
+    page = Page(build(tmp_path, experiment))
+    assert "Against real retraining" not in page.text and "keep 25%" not in page.text
+    assert "repair/verify.json is about another repair" in page.text and "--verify" in page.text
+    (tmp_path / "repair/repair.json").unlink()
+    assert "Against real retraining" not in Page(build(tmp_path, experiment)).text
+
+
+def test_a_repair_of_other_data_is_left_out_and_figures_of_other_weights_are_told(tmp_path):
+    experiment = images()
+    everything(tmp_path, experiment)
+    evidence = repair()["evidence"]
+    put(tmp_path, "repair/repair.json", repair(evidence={**evidence, "fingerprints": {"train": "other"}}))
+    page = Page(build(tmp_path, experiment))
+    assert "repair/repair.json is about other training data" in page.text and "repair" not in page.ids
+    mine = {"train": experiment.train.fingerprint(), "before": model_fingerprint(experiment.model)}
+    put(tmp_path, "repair/repair.json", repair(evidence={**evidence, "fingerprints": mine}))
+    assert not [n for n in read_run(tmp_path, experiment).notices if "weights" in n]
+    method = uw.GradDot(experiment.model, experiment.task, progress=False).fit(experiment.train)
+    method.attribute(experiment.query).save(tmp_path / "scores" / "ekfac")
+    experiment.model[1].bias.data += 1.0  # trained again since
+    notices = read_run(tmp_path, experiment).notices
+    for name in ("scores/ekfac.safetensors", "repair/repair.json"):
+        assert any(n.startswith(f"{name} was made with other weights") for n in notices), name
+
+
+def test_the_repair_shows_what_was_changed(tmp_path):
+    experiment = images()
+    put(tmp_path, "repair/repair.json", repair(removed=[7, "gone"], reweighted=[[9, 0.5]]))
+    page = Page(build(tmp_path, experiment))
+    part = page.html[page.html.index('id="repair"') :]
+    assert part.count('alt="changed training example') == 4  # of 3, 4, 7 and 9; "gone" is not in the data
+    assert "dog → dog" in page.text and "cat → cat" in page.text  # labels are k % 2, and became 1 and 0
+    assert "dog forgotten" in page.text and "dog weight 0.5" in page.text and "gone" in page.text
+    many = [[k, 1 - k % 2] for k in range(30)]
+    put(tmp_path, "repair/repair.json", repair(relabelled=many))
+    page = Page(build(tmp_path, experiment))
+    assert page.html.count('alt="changed training example') == 24
+    assert "The first 24 of 30 changed examples" in page.text
+    page = Page(build(tmp_path))  # without the experiment: ids and numbers
+    assert "→ 1" in page.text and "<img" not in page.html
+
+
+def test_commands_can_be_typed_as_they_are_shown(tmp_path):
+    folder = tmp_path / "my run; rm"
+    put(folder, "issues.json", issues(30, address="my code/pets.py:experiment"))
+    commands = [command for _, command in summary.missing(read_run(folder))]
+    assert commands and all(
+        shlex.split(one)[2:5] == ["my code/pets.py:experiment", "--out", str(folder)] for one in commands
+    )
 
 
 def test_issue_rows_are_counted_cut_and_sorted(monkeypatch):

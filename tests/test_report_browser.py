@@ -103,7 +103,6 @@ ACTIONS = {
 }
 
 
-@pytest.mark.slow
 def test_100_000_rows_stay_quick(chromium, long_report):  # noqa: F811
     took = {name: [] for name in ACTIONS}
     for _ in range(3):  # the best of three new pages: other work on the machine is not the page's

@@ -130,6 +130,19 @@ def test_a_show_that_raises_falls_back_and_says_so():
     assert one.picture is not None and one.words == "1"
 
 
+@pytest.mark.parametrize("error", [OSError("cut"), SyntaxError("broken PNG file"), IndexError("decoder")])
+def test_a_picture_that_cannot_be_decoded_stops_nothing_and_says_so(error, monkeypatch):
+    """PIL decodes when the pixels are asked for, and its decoders raise far more than OSError."""
+
+    def raises(self):
+        raise error
+
+    bundle = made(torch.rand(6, 1, 8, 8), show=lambda example: Image.new("RGB", (300, 300)))
+    monkeypatch.setattr(Image.Image, "load", raises)
+    (look,) = shown(bundle, "train", [0])
+    assert look.picture is None and "cannot be decoded" in look.problem
+
+
 def test_positions_and_names_are_checked():
     experiment = made(torch.rand(3, 1, 8, 8))
     with refused("there are no 'test' examples"):

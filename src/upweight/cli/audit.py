@@ -164,8 +164,13 @@ def _sentences(table: IssueTable) -> list[str]:
         lines.append(said + ".")
         if "withheld" in label:
             lines.append(f"No label is flagged: {label['withheld']}.")
-    copies = table.info["detectors"].get("near_duplicate", {}).get("exact_copies_with_another_label")
-    if copies:
+    duplicates = table.info["detectors"].get("near_duplicate", {})
+    if missed := duplicates.get("pairs_not_compared"):
+        lines.append(
+            f"{missed:,} pairs that look alike are not flagged: only the closest {duplicates['pairs_compared']:,} were "
+            "compared by their gradients."
+        )
+    if copies := duplicates.get("exact_copies_with_another_label"):
         lines.append(f"{copies} examples are exact copies of one with another label.")
     lines += [f"left out: {kind}: {why}" for kind, why in table.info.get("left_out", {}).items()]
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -35,11 +36,15 @@ see that everything works, then put your own network and training in the places 
   [bold cyan]upweight init --kind huggingface --data imdb[/]
       for a classifier from Hugging Face, on data of the hub
 
-Then: [bold]upweight attribute experiment.py:experiment[/].
+Then: [bold]upweight attribute experiment.py:experiment[/]; and evaluate, audit, explore, repair and report likewise.
 """
 
 MODEL = "distilbert-base-uncased"
 """What the Hugging Face template starts from."""
+
+
+VERBS = ("attribute", "evaluate", "audit", "explore", "repair", "report")
+"""What to do with the file, in this order."""
 
 
 class Kind(str, Enum):
@@ -69,7 +74,11 @@ def init(
         ),
     ] = None,
     name: Annotated[
-        str, typer.Option(metavar="NAME", help="Of the file, without .py, and of the experiment.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Of the file, without .py, and of the experiment; that is named after its folder if not given.",
+        ),
     ] = "experiment",
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
     json: Json = False,
@@ -79,7 +88,7 @@ def init(
     with session(json) as ours:
         file = write(folder.expanduser(), kind.value, data, name, force)
         address = f"{file}:experiment"
-        commands = [f"upweight {verb} {address}" for verb in ("attribute", "evaluate", "audit", "report")]
+        commands = [shlex.join(["upweight", verb, address]) for verb in VERBS]
         ours.out.print(Text.assemble("Wrote ", (printable(str(file)), "bold")), soft_wrap=True)
         ours.out.print(Text("Look for CHANGE in it, then:"))
         for command in commands:
@@ -131,7 +140,9 @@ def write(
     if data is not None and kind != "huggingface":
         # Commands may run elsewhere than this one.
         data = str(Path(data).expanduser().resolve())
-    values = {"FILE": file.name, "DATA": repr(data or DATA[kind]), "MODEL": repr(MODEL), "NAME": repr(name)}
+    # The run's folder is named after the experiment: two projects must not share runs/experiment.
+    title = name if name != "experiment" else folder.resolve().name or name
+    values = {"FILE": file.name, "DATA": repr(data or DATA[kind]), "MODEL": repr(MODEL), "NAME": repr(title)}
     for key, value in values.items():
         text = text.replace(f"@{key}@", value)
     with refusing(folder, "written"):

@@ -1,1 +1,1 @@
-"""The explorer: a local web page to look at scores and to decide about suspected labels. Start reading in `app.py`."""
+"""The explorer: a local web page to look at scores and to decide about suspected labels. Start reading in `page.py`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
@@ -174,7 +175,7 @@ def review(run: Run, wanted: Selection, row: int | None, notice: str = "") -> st
     """
     table = run.issues
     if table is None:
-        return render("empty.html", command=f"upweight audit {run.address} --out {run.folder}")
+        return render("empty.html", command=_command(run, "audit"))
     decided = run.decisions.all()
     done, total = suspects.progress(table, wanted, decided)
     if row is None:
@@ -250,7 +251,11 @@ def decisions(run: Run) -> str:
 
 def apply_command(run: Run) -> str:
     """What to type to apply the decisions."""
-    return f"upweight repair {run.address} --out {run.folder}"
+    return _command(run, "repair")
+
+
+def _command(run: Run, verb: str) -> str:
+    return shlex.join(["upweight", verb, run.address, "--out", str(run.folder)])
 
 
 def _typical(run: Run, label: Any) -> dict[str, Any]:
@@ -268,13 +273,13 @@ def _look(one: Shown, which: str, position: int, large: bool = False) -> dict[st
     """How an example looks: the address of its picture, or its fields, or its words."""
     size = "/large" if large else ""
     return {
-        "label": short(one.label, 60),
-        "words": short(one.words) if one.words != one.label else "",
+        "label": one.label,
+        "words": one.words,
         "picture": f"picture/{which}/{position}.png{size}" if one.picture else None,
         "fields": None
         if one.fields is None
-        else [(short(name, 40), f"{value:.4g}") for name, value in one.fields[:24]],
-        "problem": short(one.problem),
+        else [(short(name, 40), f"{value:.4g}") for name, value in one.fields],
+        "problem": one.problem,
     }
 
 

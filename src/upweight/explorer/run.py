@@ -7,6 +7,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ UPLOADS = 64
 
 LARGE = 512
 """Pixels a side that the picture of one example is scaled down to."""
+
+SMALL, SMALL_KEPT, LARGE_KEPT = 128, 4096, 32
+"""Pixels a side of the small pictures, and how many of each size stay in memory."""
+
+FIELDS = 24
+"""Columns of a table's row that are shown."""
 
 
 class Run:
@@ -64,7 +71,8 @@ class Run:
         self.live = Live(experiment, folder / "store" / file_name(method), method, say)
         self.uploads: OrderedDict[str, Upload] = OrderedDict()
         self._lock = threading.Lock()
-        self._shown = lru_cache(8192)(self._show)
+        self._shown = lru_cache(SMALL_KEPT)(self._show)
+        self._large = lru_cache(LARGE_KEPT)(self._show)
         self._scores = lru_cache(4)(self._read_scores)
 
     # Scores ------------------------------------------------------------------------------------------------------
@@ -104,7 +112,7 @@ class Run:
 
     def shown(self, which: str, positions: Sequence[int]) -> list[Shown]:
         """How examples look, small; each is read once."""
-        return [self._shown(which, int(position), 128) for position in positions]
+        return [self._shown(which, int(position), SMALL) for position in positions]
 
     def picture(self, which: str, name: str, large: bool = False) -> bytes | None:
         """The picture of an example, or of an upload, as a PNG file; None if it has none."""
@@ -112,13 +120,18 @@ class Run:
             upload = self.uploads.get(name)
             return None if upload is None else upload.picture
         try:
-            return self._shown(which, int(name), LARGE if large else 128).picture
+            one = self._large(which, int(name), LARGE) if large else self._shown(which, int(name), SMALL)
+            return one.picture
         except (ValueError, UpweightError):
             return None
 
     def _show(self, which: str, position: int, side: int) -> Shown:
         with self._lock:  # a data set that reads files may not like two threads
-            return shown(self.experiment, which, [position], side)[0]
+            one = shown(self.experiment, which, [position], side)[0]
+        # Thousands of these are kept: none of them with a text of megabytes.
+        said = "" if one.words == one.label else short(one.words)
+        kept = {"words": said, "tokens": None, "fields": one.fields and one.fields[:FIELDS]}
+        return replace(one, label=short(one.label, 60), problem=short(one.problem), **kept)
 
     def labels(self, which: str) -> np.ndarray | None:
         """The class number of every example, int64 [n], or None if the targets are no classes.

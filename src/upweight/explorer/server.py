@@ -84,7 +84,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A socket to serve from: on this port, or if none is named on the first free one from `PORT`.
+    """A socket that listens: on this port, or if none is named on the first free one from `PORT`.
 
     Raises:
         UpweightError: The port is taken, or the host is not this machine's.
@@ -102,6 +102,9 @@ def listen(host: str, port: int | None) -> socket.socket:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             found.bind(address)
+            found.listen(
+                128
+            )  # now: of two sockets that are only bound, the second to listen would fail later
             return found
         except OSError as error:
             found.close()

@@ -14,7 +14,7 @@ from upweight.report.shown import TINY, shown
 if TYPE_CHECKING:
     from upweight.experiment import Experiment
 
-__all__ = ["KINDS", "issue_data"]
+__all__ = ["KINDS", "issue_data", "label_text"]
 
 KINDS = {
     "label": "label error",
@@ -71,7 +71,8 @@ def issue_data(content: dict[str, Any], experiment: Experiment | None) -> dict[s
             continue
         kind = "label" in name
         made[name] = [
-            -1 if values[k] is None else coded(_text(values[k], classes if kind else None)) for k in order
+            -1 if values[k] is None else coded(label_text(values[k], classes if kind else None))
+            for k in order
         ]
     for name in NUMBERS:
         values = columns.get(name)
@@ -121,7 +122,8 @@ def _classes(content: dict[str, Any], experiment: Experiment | None) -> Sequence
     return named if isinstance(named, list) else None
 
 
-def _text(value: Any, classes: Sequence[str] | None) -> str:
+def label_text(value: Any, classes: Sequence[str] | None) -> str:
+    """A label in words: its class's name if it has one."""
     if classes is not None and isinstance(value, int) and 0 <= value < len(classes):
         return plain(classes[value], 80)
     if isinstance(value, float):

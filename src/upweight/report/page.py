@@ -78,6 +78,7 @@ def render(run: RunFiles, experiment: Experiment | None = None) -> str:
     issues = parts.issues
     queries = [] if run.scores is None else cards(run.scores, experiment)
     looks = [one.look for card in queries for one in (card, *card.proponents, *card.opponents)]
+    looks += [one["look"] for one in (parts.repair or {}).get("changed", []) if one["look"] is not None]
     # The browser runs this script and no other: markup that got into the page could not.
     mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.from_string(_asset("report.html")).render(
@@ -112,7 +113,7 @@ def _parts(run: RunFiles, experiment: Experiment | None) -> summary.Parts:
     for kind, file, make in (
         ("evaluation", "evaluate.json", evaluation),
         ("issues", "issues.json", lambda content: content and issue_data(content, experiment)),
-        ("repair", "repair/repair.json", repair),
+        ("repair", "repair/repair.json", lambda content: repair(content, experiment)),
         ("verification", "repair/verify.json", verification),
     ):
         try:

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import unicodedata
 from typing import Any
 
-__all__ = ["compact_json", "figure", "finite", "known", "listed", "percent", "plain", "short", "signed"]
+__all__ = [
+    "compact_json",
+    "figure",
+    "finite",
+    "known",
+    "listed",
+    "percent",
+    "plain",
+    "quoted",
+    "short",
+    "signed",
+]
 
 LONGEST = 2000
 """Characters of one text that are shown."""
@@ -110,6 +122,15 @@ def finite(value: Any) -> bool:
 def known(value: Any) -> float | None:
     """The number, or None for whatever is none."""
     return value if finite(value) else None
+
+
+def quoted(word: object) -> str:
+    """A word of a command line as a shell takes it for one.
+
+    >>> quoted("my.py:experiment"), quoted("my run")
+    ('my.py:experiment', "'my run'")
+    """
+    return shlex.quote(str(word))
 
 
 def listed(parts: list[str]) -> str:

@@ -19,7 +19,7 @@ from upweight.scores import Scores
 if TYPE_CHECKING:
     from upweight.experiment import Experiment
 
-__all__ = ["Card", "Neighbour", "cards", "concentration", "png_address"]
+__all__ = ["Card", "Neighbour", "cards", "concentration", "looks", "png_address"]
 
 QUERIES = 12
 """Queries shown."""
@@ -90,8 +90,8 @@ def cards(scores: Scores, experiment: Experiment | None, neighbours: int = 8) ->
     wanted = sorted(
         {p for ranking in (top, bottom) for row in chosen for p in ranking.positions[row].tolist()}
     )
-    looks = dict(zip(wanted, _looks(experiment, "train", wanted)))
-    asked = _looks(experiment, "query", chosen)
+    seen = dict(zip(wanted, looks(experiment, "train", wanted)))
+    asked = looks(experiment, "query", chosen)
     found = []
     for row, look in zip(chosen, asked):
         largest = float(scores.values[row].abs().max())
@@ -103,8 +103,8 @@ def cards(scores: Scores, experiment: Experiment | None, neighbours: int = 8) ->
                     scores.train_ids[p],
                     value,
                     f"{100 * abs(value) / largest:.1f}",
-                    looks[p],
-                    png_address(looks[p].picture),
+                    seen[p],
+                    png_address(seen[p].picture),
                 )
                 for p, value in pairs
                 if sign * value > 0
@@ -138,12 +138,13 @@ def concentration(scores: Scores) -> int | None:
     return int(reached.sum(1).double().median()) + 1
 
 
-def _looks(experiment: Experiment | None, which: str, positions: Sequence[int]) -> list[Shown]:
+def looks(experiment: Experiment | None, which: str, positions: Sequence[int]) -> list[Shown]:
+    """Examples as the page shows them, cut to a readable length; empty without an experiment."""
     if experiment is None:
         return [Shown() for _ in positions]
-    looks: list[Shown] = []
+    found: list[Shown] = []
     for start in range(0, len(positions), 64):
-        looks += shown(experiment, which, positions[start : start + 64])
+        found += shown(experiment, which, positions[start : start + 64])
     return [
         Shown(
             plain(look.label, 60),
@@ -153,7 +154,7 @@ def _looks(experiment: Experiment | None, which: str, positions: Sequence[int]) 
             look.fields,
             plain(look.problem, 200),
         )
-        for look in looks
+        for look in found
     ]
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from upweight.report.issue_rows import label_text
 from upweight.report.plain import figure, finite, known, listed, percent, plain, signed
+from upweight.report.queries import looks, png_address
+
+if TYPE_CHECKING:
+    from upweight.experiment import Experiment
 
 __all__ = ["repair", "verification"]
 
@@ -18,8 +23,11 @@ GROUPS = {
 }
 """What the groups of a repair's evidence are called."""
 
+CHANGED = 24
+"""Changed examples that are shown."""
 
-def repair(content: dict[str, Any] | None) -> dict[str, Any] | None:
+
+def repair(content: dict[str, Any] | None, experiment: Experiment | None = None) -> dict[str, Any] | None:
     """What was done, and its predicted and actual effects."""
     if content is None or not isinstance(content.get("evidence"), dict):
         return None
@@ -54,6 +62,8 @@ def repair(content: dict[str, Any] | None) -> dict[str, Any] | None:
         "what": what,
         "method": plain(content.get("method"), 60),
         "counts": done,
+        "changed": _changed(content, experiment),
+        "changes": sum(counts.values()),
         "groups": groups,
         "seconds": seconds,
         "residual": residual if isinstance(residual, dict) else None,
@@ -63,6 +73,25 @@ def repair(content: dict[str, Any] | None) -> dict[str, Any] | None:
         "judged": judged,
         "sentence": sentence + ".",
     }
+
+
+def _changed(content: dict[str, Any], experiment: Experiment | None) -> list[dict[str, Any]]:
+    """The first examples that were relabelled, forgotten or reweighted: how they look, and what became of them."""
+    classes = None if experiment is None else experiment.classes
+    changes = [
+        *((name, "now", label_text(label, classes)) for name, label in content.get("relabelled") or []),
+        *((name, "forgotten", "") for name in content.get("removed") or []),
+        *((name, "weight", f"{weight:.3g}") for name, weight in content.get("reweighted") or []),
+    ][:CHANGED]
+    place = {} if experiment is None else {name: p for p, name in enumerate(experiment.train.ids)}
+    found = [place[name] for name, _, _ in changes if name in place]
+    look = dict(zip(found, looks(experiment, "train", found)))
+    shown = []
+    for name, what, value in changes:
+        one = look.get(place.get(name, -1))
+        source = None if one is None else png_address(one.picture)
+        shown.append({"id": name, "what": what, "value": value, "look": one, "source": source})
+    return shown
 
 
 def _group(key: str, one: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upweight.errors import StoreError, UpweightError
+from upweight.fingerprint import model_fingerprint
 from upweight.scores import Scores
 
 if TYPE_CHECKING:
@@ -92,10 +93,12 @@ def read_run(folder: Path, experiment: Experiment | None = None) -> RunFiles:
     run.repair = _json(run, "repair/repair.json", {"method": str, "evidence": dict})
     run.verification = _json(run, "repair/verify.json", {"prediction_distance": dict})
     run.log, run.log_length = _log(run)
+    weights = None if experiment is None else model_fingerprint(experiment.model)
     if experiment is not None:
-        _only_of(run, experiment)
+        _only_of(run, experiment, weights)
+    _only_this_repairs(run)
     run.methods = {_method_name(run, file): file for file in sorted(folder.glob("scores/*.safetensors"))}
-    _choose_scores(run, experiment)
+    _choose_scores(run, experiment, weights)
     return run
 
 
@@ -153,7 +156,7 @@ def _log(run: RunFiles) -> tuple[list[dict[str, Any]], int]:
     return entries[::-1], len(lines)
 
 
-def _only_of(run: RunFiles, experiment: Experiment) -> None:
+def _only_of(run: RunFiles, experiment: Experiment, weights: str | None) -> None:
     """Leave out what another experiment wrote into this folder."""
     for kind, name in (
         ("evaluation", "evaluate.json"),
@@ -168,18 +171,53 @@ def _only_of(run: RunFiles, experiment: Experiment) -> None:
                 "out."
             )
             setattr(run, kind, None)
-    train = ((run.issues or {}).get("settings") or {}).get("train")
-    if train is not None and train != experiment.train.fingerprint():
-        run.notices.append(
-            "issues.json is about other training data than the experiment has: it is left out."
-        )
-        run.issues = None
+    for kind, name, made_with in (
+        ("issues", "issues.json", _dict(run.issues, "settings")),
+        ("repair", "repair/repair.json", _dict(_dict(run.repair, "evidence"), "fingerprints")),
+    ):
+        train = made_with.get("train")
+        if train is not None and train != experiment.train.fingerprint():
+            run.notices.append(
+                f"{name} is about other training data than the experiment has: it is left out."
+            )
+            setattr(run, kind, None)
+        else:
+            _same_model(run, name, made_with.get("model", made_with.get("before")), weights)
     positions = run.issues["columns"]["position"] if run.issues else []
     if any(not isinstance(p, int) or not 0 <= p < experiment.train.n for p in positions):
         run.notices.append(
             "issues.json names training examples that the experiment does not have: it is left out."
         )
         run.issues = None
+
+
+def _only_this_repairs(run: RunFiles) -> None:
+    """Leave out the verification of an earlier repair: ``repair`` without ``--verify`` leaves the old file behind."""
+    if run.verification is None:
+        return
+    verified = _dict(_dict(run.verification, "info"), "fingerprints")
+    repaired = _dict(_dict(run.repair, "evidence"), "fingerprints")
+    if run.repair is None or verified != repaired:
+        run.notices.append(
+            "repair/verify.json is about another repair than repair/repair.json: it is left out. "
+            "Write it again with upweight repair --verify."
+        )
+        run.verification = None
+
+
+def _same_model(run: RunFiles, name: str, theirs: object, weights: str | None) -> None:
+    """Say so if figures were made with other weights than the experiment's model has now; they may still be of use."""
+    if None not in (theirs, weights) and theirs != weights:
+        run.notices.append(
+            f"{name} was made with other weights than the experiment's model has now: its figures are about that "
+            "earlier model."
+        )
+
+
+def _dict(content: Mapping[str, Any] | None, key: str) -> Mapping[str, Any]:
+    """What stands under a key if it is a dict, else an empty one."""
+    found = (content or {}).get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _method_name(run: RunFiles, file: Path) -> str:
@@ -191,7 +229,7 @@ def _method_name(run: RunFiles, file: Path) -> str:
     return file.stem
 
 
-def _choose_scores(run: RunFiles, experiment: Experiment | None) -> None:
+def _choose_scores(run: RunFiles, experiment: Experiment | None, weights: str | None) -> None:
     """The scores to show: methods before baselines, in the order evaluation put them, newest first where it did not."""
     from upweight.attributors.by_name import BASELINES, METHODS, key_of
 
@@ -215,6 +253,7 @@ def _choose_scores(run: RunFiles, experiment: Experiment | None) -> None:
                 f"scores/{file.name} is of other training examples or queries than the experiment has: it is left out."
             )
             continue
+        _same_model(run, f"scores/{file.name}", _dict(scores.info, "fingerprints").get("model"), weights)
         run.scores, run.method = scores, name
         return
 
@@ -224,6 +263,5 @@ def _belong(scores: Scores, experiment: Experiment) -> bool:
     for ids, examples in ((scores.train_ids, experiment.train), (scores.query_ids, experiment.query)):
         if len(ids) != examples.n or any(a != b for a, b in zip(ids, examples.ids)):
             return False
-    fingerprints = scores.info.get("fingerprints")
-    train = fingerprints.get("train") if isinstance(fingerprints, dict) else None
+    train = _dict(scores.info, "fingerprints").get("train")
     return train is None or train == experiment.train.fingerprint()

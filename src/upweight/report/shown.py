@@ -192,6 +192,8 @@ def _one(experiment: Experiment, example: Any, side: int) -> Shown:
         if said is None and picture is None:
             fields = _fields(experiment, first)
     png = None if picture is None else _png(picture, side)
+    if picture is not None and png is None:
+        problem = problem or "its picture cannot be decoded"
     return Shown(label, _text(said, label), png, tokens, fields, problem)
 
 
@@ -373,6 +375,6 @@ def _png(picture: Picture, side: int) -> bytes | None:
             picture = picture.convert("RGBA" if "A" in picture.mode or picture.mode == "P" else "RGB")
             picture.thumbnail((side, side))
         picture.save(file, "PNG")
-    except (OSError, ValueError):
+    except Exception:  # decoders read here what nobody has read before, and raise whatever they like
         return None
     return file.getvalue()

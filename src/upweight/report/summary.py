@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from upweight.report.issue_rows import KINDS
-from upweight.report.plain import figure, listed, percent, plain, short, signed
+from upweight.report.plain import figure, listed, percent, plain, quoted, short, signed
 from upweight.report.run_files import RunFiles
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def tiles(parts: Parts) -> list[tuple[str, str]]:
 
 def missing(run: RunFiles, address: str = "") -> list[tuple[str, str]]:
     """What is not in the folder, and the command that makes it."""
-    address, folder = address or run.address or "EXPERIMENT", str(run.folder)
+    address, folder = quoted(address or run.address or "EXPERIMENT"), quoted(run.folder)
     commands = [
         (run.scores is None, "Scores of every training example for every query", "attribute"),
         (run.evaluation is None, "How far the scores can be trusted, against real retraining", "evaluate"),
