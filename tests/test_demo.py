@@ -283,6 +283,9 @@ def test_the_loop_repairs_the_network_by_the_audits_suggestions_alone(run):
     assert list(closing.loss) == ["before", "repaired", "retrained"]
     assert closing.loss["repaired"] < closing.loss["before"]
     assert (out / "repair" / "verify.json").is_file() and closing.report == out / "report.html"
+    report = closing.report.read_text(encoding="utf-8")
+    assert report.count('alt="changed training example') == min(24, closing.decided)
+    assert "Against real retraining" in report and "other weights" not in report
 
 
 def test_what_somebody_decided_before_counts(run):
@@ -331,6 +334,32 @@ def test_decisions_of_a_demo_on_other_images_are_moved_away(tmp_path):
     assert uw.Decisions(tmp_path / "decisions.1.sqlite").remove() == [1]
 
 
+def test_the_page_shows_the_loop_closed(run, page):
+    """Suspects, decisions, and the repaired network's accuracy, beside what it was and what retraining makes of it."""
+    closing = run.closing
+    part = page[page.index('id="repair"') : page.index('id="proof"')]
+    assert (
+        f"flags {closing.flagged} labels" in part and f"{closing.right} of the {len(closing.labels)}" in part
+    )
+    rows = re.findall(r"<tr[^>]*><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>", part)
+    names = {"as it was trained": "before", "repaired": "repaired", "trained again": "retrained"}
+    assert [(names[name], share, loss) for name, share, loss in rows] == [
+        (name, f"{closing.accuracy[name]:.1%}", f"{closing.loss[name]:.3f}") for name in closing.accuracy
+    ]
+    shown = re.findall(r"<figcaption>(.*?)</figcaption>", part)
+    assert len(shown) == min(24, closing.decided) > 0
+    classes, train = run.images.classes, run.images.train
+    place = train.ids.index(next(iter(closing.labels)))
+    label, truth = closing.labels[train.ids[place]], int(train.labels[place])
+    expected = f'<span class="soft">{classes[int(run.given[place])]}</span> → <b>{classes[label]}</b>'
+    assert shown[0] == expected + (
+        "" if label == truth else f' <span class="wrong">is {classes[truth]}</span>'
+    )
+    assert 'href="report.html"' in part and (run.settings.out / "report.html").is_file()
+    left_out = replace(closing, seconds={}, left_out="<b>no</b>")
+    assert "not audited: &lt;b&gt;no&lt;/b&gt;." in render(replace(run, closing=left_out))
+
+
 # Page -------------------------------------------------------------------------------------------------------------
 
 
@@ -344,7 +373,10 @@ def test_page_asks_for_nothing(page):
     }
     sources = [attributes["src"] for _, attributes in parsed.tags if "src" in attributes]
     assert len(sources) > 50 and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert all(attributes.get("href", "#").startswith("#") for _, attributes in parsed.tags)
+    links = {attributes["href"] for _, attributes in parsed.tags if "href" in attributes}
+    assert links == {"#queries", "#suspects", "#repair", "#proof", "report.html"}
+    targets = {attributes.get("id") for _, attributes in parsed.tags}
+    assert {link[1:] for link in links if link[0] == "#"} <= targets
     policies = [attributes["content"] for tag, attributes in parsed.tags if attributes.get("http-equiv")]
     assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
@@ -364,7 +396,7 @@ def test_page_shows_every_query_and_marks_flips(run, page):
     suspects = page[page.index('id="suspects"') : page.index("Suspected, yet not flipped")]
     first = run.suspects.top_k(48).positions
     assert suspects.count('class="thumb flipped"') == int(run.flipped[first].sum())
-    innocent = page[page.index("Suspected, yet not flipped") : page.index('id="proof"')]
+    innocent = page[page.index("Suspected, yet not flipped") : page.index('id="repair"')]
     assert 'class="thumb"' in innocent and "thumb flipped" not in innocent
 
 

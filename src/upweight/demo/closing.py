@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +34,8 @@ class Closing:
         flagged: labels that the audit flags.
         decided: images that were decided about otherwise than to keep them.
         right: how many of those got their true label back.
+        labels: the new labels by the images' ids.
+        dropped: ids of the images that were to be forgotten.
         accuracy: share of test images classified right "before", "repaired" and "retrained" (mean over seeds).
         loss: mean loss of the test images, in nats, likewise.
         seconds: of the "repair", and of one "retraining".
@@ -49,6 +51,8 @@ class Closing:
     loss: dict[str, float]
     seconds: dict[str, float]
     left_out: str = ""
+    labels: dict[int | str, int] = field(default_factory=dict)
+    dropped: list[int | str] = field(default_factory=list)
 
 
 def close_the_loop(
@@ -109,7 +113,11 @@ def close_the_loop(
 
     report = build(out, experiment)
     decided = len(labels) + len(dropped)
-    return Closing(address, report, len(table.flagged("label")), decided, right, accuracy, loss, seconds)
+    flagged = len(table.flagged("label"))
+    numbers = {name: int(label) for name, label in labels.items()}
+    return Closing(
+        address, report, flagged, decided, right, accuracy, loss, seconds, labels=numbers, dropped=dropped
+    )
 
 
 def _decide(file: Path, experiment: str, table: IssueTable) -> uw.Decisions:

@@ -27,6 +27,9 @@ SUSPECTS = 48
 INNOCENT = 12
 """Suspected labels shown that were not flipped."""
 
+CHANGED = 24
+"""Relabelled and forgotten training images shown."""
+
 _INSPECTED = 0.3
 """Share of the training labels the chart of found labels covers."""
 
@@ -66,6 +69,7 @@ def render(run: DemoRun) -> str:
         inspected=_INSPECTED,
         removals=_removals(run),
         together=run.agreement,
+        repair=_repair(run),
         evidence=_evidence(run),
         seconds=sum(run.seconds.values()),
     )
@@ -143,6 +147,41 @@ def _suspects(run: DemoRun) -> list[_Picture]:
             zip(ranking.positions.tolist(), ranking.values.tolist()), start=1
         )
     ]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A training image that was decided about: its label before and after, None if it was forgotten."""
+
+    picture: _Picture
+    label: str | None
+
+    @property
+    def right(self) -> bool:
+        return self.label == self.picture.truth
+
+
+def _repair(run: DemoRun) -> dict[str, object] | None:
+    """What was decided, image by image, and the networks before, after, and really trained again."""
+    closing = run.closing
+    if not closing.seconds:
+        return None
+    decided: dict[int | str, int | None] = {**closing.labels, **dict.fromkeys(closing.dropped)}
+    place = {name: position for position, name in enumerate(run.images.train.ids)}
+    first = [(place[name], label) for name, label in decided.items() if name in place][:CHANGED]
+    took = {"repaired": closing.seconds.get("repair"), "retrained": closing.seconds.get("retraining")}
+    called = {"before": "as it was trained", "repaired": "repaired", "retrained": "trained again"}
+    return {
+        "changes": [
+            _Change(_picture(run, position, 0.0), None if label is None else run.images.classes[label])
+            for position, label in first
+        ],
+        "networks": [
+            (called[name], share, closing.loss[name], took.get(name))
+            for name, share in closing.accuracy.items()
+        ],
+        "link": None if closing.report is None else closing.report.name,
+    }
 
 
 def _curve(found: np.ndarray) -> str:
