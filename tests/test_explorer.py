@@ -17,10 +17,11 @@ from refusals import refused
 import upweight as uw
 from upweight.explorer import panels, suspects
 from upweight.explorer.guard import LOOPBACK, Guard
-from upweight.explorer.page import decide
+from upweight.explorer.page import _answered, decide
 from upweight.explorer.run import Run
 from upweight.explorer.suspects import Selection
 from upweight.explorer.uploads import read_query
+from upweight.report import build
 
 LABELS = Selection("label")
 
@@ -259,6 +260,42 @@ def test_commands_can_be_typed_as_they_are_shown(tmp_path):
     words = shlex.split(panels.apply_command(run))
     assert words == ["upweight", "repair", "my code/pets.py:experiment", "--out", str(folder)]
     assert "upweight audit &#39;my code/pets.py:experiment&#39;" in panels.review(run, LABELS, None)
+
+
+class Files(torch.utils.data.Dataset):
+    """Pictures, some of which are gone."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels, self.gone = images, labels, set()
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, k):
+        if k in self.gone:
+            raise FileNotFoundError(f"no file {k}.png <b>here</b>")
+        return self.images[k], int(self.labels[k])
+
+
+def test_pictures_that_are_gone_break_neither_the_explorer_nor_the_report(tmp_path):
+    train, query = Files(*pictures(N, 0)), Files(*pictures(12, 1))
+    filled(tmp_path, experiment(train=train, query=query))
+    bundle = experiment(train=train, query=query)  # which has seen the first ones only
+    train.gone, query.gone = {9}, {3}
+    said = []
+    run = Run(bundle, tmp_path, say=said.append)
+    assert "issues.json was not compared" in said[0] and "FileNotFoundError" in said[0]
+    assert run.classes("query") == [] and run.classes("train")  # the table knows the latter
+    shown = panels.review(run, LABELS, 1)
+    assert "cannot be read: FileNotFoundError: no file 9.png &lt;b&gt;here" in shown
+    assert "The model says" not in panels.explanation(run, "query:3", "ekfac", "", None, 4)
+    assert "The model says" in panels.explanation(run, "query:5", "ekfac", "", None, 4)
+    assert "no file 3.png" in panels.query_list(run, None, 0, "query:0")
+    answer = _answered(lambda: panels.explanation(run, "query:5", "", "", None, 4))()
+    assert "FileNotFoundError: no file 9.png &lt;b&gt;" in answer  # it cannot be computed, and says why
+    page = build(tmp_path, bundle).read_text(encoding="utf-8")
+    assert "the training data cannot be read whole (FileNotFoundError" in page and "<b>here" not in page
+    assert 'id="queries"' in page and 'id="issues"' in page
 
 
 # Uploads -------------------------------------------------------------------------------------------------------------

@@ -102,6 +102,8 @@ def _answered(panel: Callable[..., Any]) -> Callable[..., Any]:
             return panel(*values)
         except UpweightError as error:
             return panels.message(str(error))
+        except Exception as error:  # of the user's data or model; one query's must not end the page
+            return panels.message(f"{type(error).__name__}: {error}")
 
     return answer
 

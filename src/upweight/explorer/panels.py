@@ -15,6 +15,7 @@ import torch
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from torch import Tensor
 
+from upweight.errors import UpweightError
 from upweight.explorer import suspects
 from upweight.explorer.run import Run
 from upweight.explorer.suspects import Selection
@@ -100,16 +101,15 @@ def explanation(run: Run, key: str, method: str, layer: str, label: int | None, 
         UpweightError: It cannot be answered.
     """
     upload = run.upload(key)
-    batch = run.batch(key)
     if upload is not None or not method:
-        scores, row, method = run.live.scores(key, batch, per_layer=bool(layer)), 0, run.live.name
+        scores, row, method = run.live.scores(key, run.batch(key), per_layer=bool(layer)), 0, run.live.name
     else:
         scores, row = run.scores(method), run.row(key)
     values = scores.values[row] if not layer else (scores.layers or {}).get(layer, [None] * (row + 1))[row]
     if values is None:
         has = ", ".join(scores.layers or {}) or "no layers"
         return message(f"{method} has no scores of layer {layer!r}; it has {has}. Choose all layers.")
-    predicted = run.live.predict(batch)
+    predicted = _predicted(run, key)
     if upload is None:
         look = {
             "id": run.experiment.query.ids[run.row(key)],
@@ -146,6 +146,16 @@ def explanation(run: Run, key: str, method: str, layer: str, label: int | None, 
         n=len(scores.train_ids),
         only="" if label is None else run.name(label),
     )
+
+
+def _predicted(run: Run, key: str) -> tuple[float, float | None] | None:
+    """What the model says of a query; None of one that cannot be read, whose saved scores are still of use."""
+    try:
+        return run.live.predict(run.batch(key))
+    except UpweightError:
+        raise
+    except Exception:
+        return None
 
 
 def _extremes(

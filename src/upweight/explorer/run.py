@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -26,6 +26,9 @@ from upweight.explorer.words import short
 from upweight.report.shown import Shown, shown
 from upweight.scores import Scores
 from upweight.task.outputs import split_batch
+
+if TYPE_CHECKING:
+    from upweight.repair.issue_table import IssueTable
 
 UPLOADS = 64
 """Uploaded queries kept in memory."""
@@ -62,18 +65,29 @@ class Run:
         method: str = "ekfac",
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        from upweight.repair.issue_table import IssueTable
-
         self.experiment, self.folder, self.address = experiment, folder, address
         self.decisions = Decisions(folder / "decisions.sqlite", experiment.name)
-        found = (folder / "issues.json").exists()
-        self.issues = IssueTable.load(folder, train=experiment.train) if found else None
+        self.issues = self._read_issues(say)
         self.live = Live(experiment, folder / "store" / file_name(method), method, say)
         self.uploads: OrderedDict[str, Upload] = OrderedDict()
         self._lock = threading.Lock()
         self._shown = lru_cache(SMALL_KEPT)(self._show)
         self._large = lru_cache(LARGE_KEPT)(self._show)
         self._scores = lru_cache(4)(self._read_scores)
+
+    def _read_issues(self, say: Callable[[str], None]) -> IssueTable | None:
+        """The issue table, if there is one; of data that cannot be read whole it is taken to be about them."""
+        from upweight.repair.issue_table import IssueTable
+
+        if not (self.folder / "issues.json").exists():
+            return None
+        try:
+            return IssueTable.load(self.folder, train=self.experiment.train)
+        except UpweightError:
+            raise
+        except Exception as error:  # a picture that is gone, say
+            say(f"issues.json was not compared with the training data: {type(error).__name__}: {str(error)[:200]}")
+            return IssueTable.load(self.folder)
 
     # Scores ------------------------------------------------------------------------------------------------------
 
@@ -223,24 +237,25 @@ class Run:
 
 
 def _classes_of(examples: Any) -> np.ndarray | None:
-    """The class number of every example, if that is what the targets are."""
+    """The class number of every example, if that is what the targets are, and all can be read."""
     found: list[np.ndarray] = []
-    for rows in examples.batches(examples.preferred_batch_size or 1024):
-        try:
-            targets = split_batch(rows.batch)[2]
-        except UpweightError:
-            return None
-        if (
-            not isinstance(targets, Tensor)
-            or targets.is_complex()
-            or targets.numel() != rows.stop - rows.start
-        ):
-            return None
-        values = targets.reshape(-1).cpu().numpy()
-        if values.dtype.kind == "f" and not (
-            np.isfinite(values).all() and (values == np.round(values)).all()
-        ):
-            return None
-        found.append(values.astype(np.int64))
+    try:
+        for rows in examples.batches(examples.preferred_batch_size or 1024):
+            numbers = _whole_numbers(split_batch(rows.batch)[2], rows.stop - rows.start)
+            if numbers is None:
+                return None
+            found.append(numbers)
+    except Exception:  # whatever a data set raises, a picture that is gone above all: the page does without classes
+        return None
     labels = np.concatenate(found)
     return labels if len(np.unique(labels)) <= 1000 else None
+
+
+def _whole_numbers(targets: Any, n: int) -> np.ndarray | None:
+    """The targets of n examples as class numbers, or None if they are none."""
+    if not isinstance(targets, Tensor) or targets.is_complex() or targets.numel() != n:
+        return None
+    values = targets.reshape(-1).cpu().numpy()
+    if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == np.round(values)).all()):
+        return None
+    return values.astype(np.int64)

@@ -93,12 +93,12 @@ def read_run(folder: Path, experiment: Experiment | None = None) -> RunFiles:
     run.repair = _json(run, "repair/repair.json", {"method": str, "evidence": dict})
     run.verification = _json(run, "repair/verify.json", {"prediction_distance": dict})
     run.log, run.log_length = _log(run)
-    weights = None if experiment is None else model_fingerprint(experiment.model)
+    ours = _Ours() if experiment is None else _fingerprints(run, experiment)
     if experiment is not None:
-        _only_of(run, experiment, weights)
+        _only_of(run, experiment, ours)
     _only_this_repairs(run)
     run.methods = {_method_name(run, file): file for file in sorted(folder.glob("scores/*.safetensors"))}
-    _choose_scores(run, experiment, weights)
+    _choose_scores(run, experiment, ours)
     return run
 
 
@@ -156,7 +156,27 @@ def _log(run: RunFiles) -> tuple[list[dict[str, Any]], int]:
     return entries[::-1], len(lines)
 
 
-def _only_of(run: RunFiles, experiment: Experiment, weights: str | None) -> None:
+@dataclass(frozen=True)
+class _Ours:
+    """Fingerprints of what the experiment has now; None where that is not known."""
+
+    train: str | None = None
+    model: str | None = None
+
+
+def _fingerprints(run: RunFiles, experiment: Experiment) -> _Ours:
+    train = None
+    try:
+        train = experiment.train.fingerprint()
+    except Exception as error:  # a picture that is gone, say; the page does without whatever cannot be read
+        run.notices.append(
+            f"the training data cannot be read whole ({type(error).__name__}: {str(error)[:200]}): whether the files of "
+            "this run are about them was not checked."
+        )
+    return _Ours(train, model_fingerprint(experiment.model))
+
+
+def _only_of(run: RunFiles, experiment: Experiment, ours: _Ours) -> None:
     """Leave out what another experiment wrote into this folder."""
     for kind, name in (
         ("evaluation", "evaluate.json"),
@@ -176,13 +196,13 @@ def _only_of(run: RunFiles, experiment: Experiment, weights: str | None) -> None
         ("repair", "repair/repair.json", _dict(_dict(run.repair, "evidence"), "fingerprints")),
     ):
         train = made_with.get("train")
-        if train is not None and train != experiment.train.fingerprint():
+        if None not in (train, ours.train) and train != ours.train:
             run.notices.append(
                 f"{name} is about other training data than the experiment has: it is left out."
             )
             setattr(run, kind, None)
         else:
-            _same_model(run, name, made_with.get("model", made_with.get("before")), weights)
+            _same_model(run, name, made_with.get("model", made_with.get("before")), ours)
     positions = run.issues["columns"]["position"] if run.issues else []
     if any(not isinstance(p, int) or not 0 <= p < experiment.train.n for p in positions):
         run.notices.append(
@@ -205,9 +225,9 @@ def _only_this_repairs(run: RunFiles) -> None:
         run.verification = None
 
 
-def _same_model(run: RunFiles, name: str, theirs: object, weights: str | None) -> None:
+def _same_model(run: RunFiles, name: str, theirs: object, ours: _Ours) -> None:
     """Say so if figures were made with other weights than the experiment's model has now; they may still be of use."""
-    if None not in (theirs, weights) and theirs != weights:
+    if None not in (theirs, ours.model) and theirs != ours.model:
         run.notices.append(
             f"{name} was made with other weights than the experiment's model has now: its figures are about that "
             "earlier model."
@@ -229,7 +249,7 @@ def _method_name(run: RunFiles, file: Path) -> str:
     return file.stem
 
 
-def _choose_scores(run: RunFiles, experiment: Experiment | None, weights: str | None) -> None:
+def _choose_scores(run: RunFiles, experiment: Experiment | None, ours: _Ours) -> None:
     """The scores to show: methods before baselines, in the order evaluation put them, newest first where it did not."""
     from upweight.attributors.by_name import BASELINES, METHODS, key_of
 
@@ -248,20 +268,20 @@ def _choose_scores(run: RunFiles, experiment: Experiment | None, weights: str | 
         except UpweightError as error:
             run.notices.append(f"scores/{file.name} is left out: {' '.join(str(error).split())}")
             continue
-        if experiment is not None and not _belong(scores, experiment):
+        if experiment is not None and not _belong(scores, experiment, ours):
             run.notices.append(
                 f"scores/{file.name} is of other training examples or queries than the experiment has: it is left out."
             )
             continue
-        _same_model(run, f"scores/{file.name}", _dict(scores.info, "fingerprints").get("model"), weights)
+        _same_model(run, f"scores/{file.name}", _dict(scores.info, "fingerprints").get("model"), ours)
         run.scores, run.method = scores, name
         return
 
 
-def _belong(scores: Scores, experiment: Experiment) -> bool:
+def _belong(scores: Scores, experiment: Experiment, ours: _Ours) -> bool:
     """Whether scores are of this experiment's data: the same ids in the same order, and the same content if known."""
     for ids, examples in ((scores.train_ids, experiment.train), (scores.query_ids, experiment.query)):
         if len(ids) != examples.n or any(a != b for a, b in zip(ids, examples.ids)):
             return False
     train = _dict(scores.info, "fingerprints").get("train")
-    return train is None or train == experiment.train.fingerprint()
+    return None in (train, ours.train) or train == ours.train
