@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import re
+import shlex
+import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image
 from run_folders import everything, images
 
 import upweight as uw
+from upweight.cli.init import VERBS
 
 PETS = """
 import sys
@@ -229,6 +233,23 @@ def test_init_refuses_in_one_line(upweight, place, arguments, said):
     assert {file: file.read_bytes() for file in place.iterdir()} == before
 
 
+def test_init_prints_commands_that_can_be_typed_and_keeps_projects_apart(upweight, place):
+    """A path with a space is quoted; and two projects do not share the folder runs/experiment."""
+    for folder in ("my photos", "others"):
+        code, out, _ = upweight("init", folder, "--kind", "sklearn", "--json")
+        found = json.loads(out)
+        assert code == 0 and [shlex.split(one)[1] for one in found["commands"]] == list(VERBS)
+        assert {shlex.split(one)[2] for one in found["commands"]} == {f"{folder}/experiment.py:experiment"}
+    code, out, err = upweight(
+        "attribute", "my photos/experiment.py:experiment", "--method", "exact", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["experiment"] == "my photos" and [p.name for p in (place / "runs").iterdir()] == [
+        "my-photos"
+    ]
+    assert uw.Experiment.load("others/experiment.py:experiment").name == "others"
+
+
 def test_init_tells_programs_and_replaces_only_when_told(upweight, place):
     code, out, _ = upweight("init", "--kind", "csv", "--json")
     found = json.loads(out)
@@ -298,6 +319,24 @@ def test_every_verb_ends_on_ctrl_c_with_130(upweight, place, verb):
     assert code == 130 and out == "" and "stopped" in err and "Traceback" not in err
 
 
-def test_completion_is_offered(upweight):
+def test_the_first_page_of_help_teaches_by_an_example(upweight):
     code, out, _ = upweight("--help")
-    assert code == 0 and "--install-completion" in out
+    assert code == 0 and "upweight init --kind sklearn" in out and "upweight audit experiment.py" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("upweight au", {"audit"}),
+        ("upweight audit --prec", {"--precision"}),
+        ("upweight re", {"repair", "report"}),
+    ],
+)
+def test_a_shell_completes_verbs_and_options(words, completed):
+    """As bash asks: the words so far in the environment, and the candidates on standard output, one a line."""
+    asks = {"_UPWEIGHT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    call = "from upweight.cli import app; app(prog_name='upweight')"
+    found = subprocess.run(
+        [sys.executable, "-c", call], env={**os.environ, **asks}, capture_output=True, text=True, timeout=120
+    )
+    assert set(found.stdout.split()) == completed, found.stderr

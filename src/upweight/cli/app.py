@@ -20,6 +20,14 @@ Start with [bold]upweight demo[/]: it needs no files and takes a minute or two.
 For your own project, [bold]upweight init[/] writes a file to start from. The other commands take an \
 [bold]EXPERIMENT[/], the few lines of Python that say what your model, its task and its data are: \
 [bold]path/to/file.py:name[/] or [bold]package.module:name[/].
+
+[bold]Example[/]
+
+  [bold cyan]upweight init --kind sklearn[/]
+  [bold cyan]upweight attribute experiment.py:experiment[/]
+  [bold cyan]upweight audit experiment.py:experiment[/]
+  [bold cyan]upweight report experiment.py:experiment[/]
+      a file to start from, proponents and opponents, suspected labels, and one page of it all
 """
 
 app = typer.Typer(

@@ -86,7 +86,9 @@ class Run:
         except UpweightError:
             raise
         except Exception as error:  # a picture that is gone, say
-            say(f"issues.json was not compared with the training data: {type(error).__name__}: {str(error)[:200]}")
+            say(
+                f"issues.json was not compared with the training data: {type(error).__name__}: {str(error)[:200]}"
+            )
             return IssueTable.load(self.folder)
 
     # Scores ------------------------------------------------------------------------------------------------------
@@ -245,7 +247,9 @@ def _classes_of(examples: Any) -> np.ndarray | None:
             if numbers is None:
                 return None
             found.append(numbers)
-    except Exception:  # whatever a data set raises, a picture that is gone above all: the page does without classes
+    except (
+        Exception
+    ):  # whatever a data set raises, a picture that is gone above all: the page does without classes
         return None
     labels = np.concatenate(found)
     return labels if len(np.unique(labels)) <= 1000 else None

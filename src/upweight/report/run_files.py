@@ -170,8 +170,8 @@ def _fingerprints(run: RunFiles, experiment: Experiment) -> _Ours:
         train = experiment.train.fingerprint()
     except Exception as error:  # a picture that is gone, say; the page does without whatever cannot be read
         run.notices.append(
-            f"the training data cannot be read whole ({type(error).__name__}: {str(error)[:200]}): whether the files of "
-            "this run are about them was not checked."
+            f"the training data cannot be read whole ({type(error).__name__}: {str(error)[:200]}): whether the files "
+            "of this run are about them was not checked."
         )
     return _Ours(train, model_fingerprint(experiment.model))
 
