@@ -1,5 +1,6 @@
 """The command line: help that teaches, one line for an error a user can repair."""
 
+import json
 import subprocess
 import sys
 
@@ -91,6 +92,28 @@ def test_debug_shows_everything(upweight, tmp_path):
 def test_mistyped_option(upweight):
     code, _, err = upweight("demo", "--sead", "1")
     assert code == 2 and "--sead" in err and "Traceback" not in err
+
+
+def test_the_demo_tells_programs_and_ends_on_ctrl_c(upweight, monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    def told(settings, console):
+        console.print("a table")
+        return SimpleNamespace(figures=lambda: {"test_accuracy": 0.5})
+
+    monkeypatch.setattr("upweight.demo.run.run_demo", told)
+    code, out, _ = upweight("demo", "--out", str(tmp_path), "--json")
+    found = json.loads(out)
+    assert code == 0 and found["test_accuracy"] == 0.5
+    assert found["files"]["html"] == str(tmp_path / "index.html")
+    assert upweight("demo", "--out", str(tmp_path))[1] == "a table\n"
+
+    def interrupted(settings, console):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("upweight.demo.run.run_demo", interrupted)
+    code, out, err = upweight("demo", "--json")
+    assert (code, out) == (130, "") and "start again with: upweight demo --json" in err
 
 
 def test_options_reach_the_demo(upweight, monkeypatch, tmp_path):

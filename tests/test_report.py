@@ -333,6 +333,21 @@ def test_commands_can_be_typed_as_they_are_shown(tmp_path):
     )
 
 
+def test_verifying_names_what_was_repaired(tmp_path):
+    """Without the options of the repair, `repair --verify` would make another one, and verify that."""
+
+    def command(**content):
+        put(tmp_path, "repair/repair.json", repair(**content))
+        (text,) = [one for what, one in summary.missing(read_run(tmp_path)) if "really retrained" in what]
+        return shlex.split(text)[5:]
+
+    ids = [3, 14, "a b;c"]
+    assert command(removed=ids, source="--remove") == ["--remove", "3,14,a b;c", "--verify"]
+    assert command(source="RUN/decisions.sqlite") == ["--verify"]
+    both = command(removed=list(range(99)), source="--remove and --relabel", method="corrected")
+    assert both == ["--remove", "FILE", "--relabel", "FILE", "--method", "corrected", "--verify"]
+
+
 def test_issue_rows_are_counted_cut_and_sorted(monkeypatch):
     monkeypatch.setattr("upweight.report.issue_rows.ROWS", 40)
     content = issues(30)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from upweight.cli.options import Debug
+from upweight.cli.options import Debug, Json
+from upweight.cli.session import again, session
 
 HELP = """Train on real images with some labels flipped, explain predictions, find the flips, and prove it.
 
@@ -17,7 +18,8 @@ then show which training images made it predict what it predicts, and which labe
 
 Two proofs follow: how well the flipped labels are found, beside simpler scores; and what really happens to a \
 prediction when the network is trained again without the images that were said to support it. All of it is printed, \
-and shown with the images in one file that needs no server: [bold]runs/demo/index.html[/].
+and shown with the images in one file that needs no server: [bold]runs/demo/index.html[/]. At the end the suspected \
+labels are corrected, the network is repaired without training it again, and held against one that is.
 
 [bold]Examples[/]
 
@@ -30,8 +32,8 @@ and shown with the images in one file that needs no server: [bold]runs/demo/inde
   [bold cyan]upweight demo --data cifar10 --root ~/torchvision[/]
       a data set that torchvision has downloaded there
 
-  [bold cyan]upweight demo --seed 7 --retrain-queries 0[/]
-      other flips, and no retraining: a few seconds
+  [bold cyan]upweight demo --seed 7 --retrain-queries 0 --json[/]
+      other flips, no retraining, and the figures for a program to read: a few seconds
 """
 
 
@@ -61,6 +63,7 @@ def demo(
     retrain_seeds: Annotated[
         int | None, typer.Option(min=1, help="Retrainings of each: 3 for digits, 2 otherwise.")
     ] = None,
+    json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train on real images with some labels flipped, explain predictions, find the flips, and prove it."""
@@ -78,4 +81,11 @@ def demo(
         retrain_queries=queries if retrain_queries is None else retrain_queries,
         retrain_seeds=seeds if retrain_seeds is None else retrain_seeds,
     )
-    run_demo(settings, Console())
+    with session(json) as ours:
+        ours.stopped = lambda: f"the page is written at the end -> start again with: {again()}"
+        run = run_demo(settings, Console(quiet=json))
+    if json:
+        from upweight.report.evaluation import json_text
+
+        files = {"html": str(settings.out / "index.html"), "report": str(settings.out / "report.html")}
+        typer.echo(json_text(run.figures() | {"files": files}), nl=False)

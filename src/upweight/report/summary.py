@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Parts", "missing", "provenance", "sentences", "tiles", "title"]
 
+LISTED = 50
+"""Ids that a command on the page names one by one."""
+
 
 def title(run: RunFiles, experiment: Experiment | None) -> str:
     """What the experiment is called."""
@@ -106,25 +109,47 @@ def tiles(parts: Parts) -> list[tuple[str, str]]:
 def missing(run: RunFiles, address: str = "") -> list[tuple[str, str]]:
     """What is not in the folder, and the command that makes it."""
     address, folder = quoted(address or run.address or "EXPERIMENT"), quoted(run.folder)
-    commands = [
-        (run.scores is None, "Scores of every training example for every query", "attribute"),
-        (run.evaluation is None, "How far the scores can be trusted, against real retraining", "evaluate"),
-        (run.issues is None, "Suspected label errors, duplicates, outliers and harmful examples", "audit"),
-        (run.repair is None, "A repaired model, without a full retrain", "repair"),
+    lacking = [
+        (run.scores is None, "Scores of every training example for every query", "attribute", ()),
+        (
+            run.evaluation is None,
+            "How far the scores can be trusted, against real retraining",
+            "evaluate",
+            (),
+        ),
+        (
+            run.issues is None,
+            "Suspected label errors, duplicates, outliers and harmful examples",
+            "audit",
+            (),
+        ),
+        (run.repair is None, "A repaired model, without a full retrain", "repair", ()),
         (
             run.repair is not None and run.verification is None,
             "The repaired model against a really retrained one",
-            "repair --verify",
+            "repair",
+            (*_repeated(run.repair or {}), "--verify"),
         ),
     ]
     return [
-        (
-            what,
-            f"upweight {verb.split()[0]} {address} --out {folder}{verb.partition(' ')[1]}{verb.partition(' ')[2]}",
-        )
-        for lacks, what, verb in commands
+        (what, " ".join(["upweight", verb, address, "--out", folder, *options]))
+        for lacks, what, verb, options in lacking
         if lacks
     ]
+
+
+def _repeated(repair: dict[str, Any]) -> list[str]:
+    """The options that make the same repair again: without them it would be that of the decisions or suggestions."""
+    source, options = str(repair.get("source") or ""), []
+    if "--remove" in source:
+        ids = [str(name) for name in repair.get("removed") or []]
+        listed = len(ids) <= LISTED and not any("," in name or name != name.strip() for name in ids)
+        options += ["--remove", quoted(",".join(ids)) if listed else "FILE"]
+    if "--relabel" in source:
+        options += ["--relabel", "FILE"]
+    if repair.get("method") != "newton":
+        options += ["--method", quoted(repair.get("method"))]
+    return options
 
 
 # How it was made -----------------------------------------------------------------------------------------------------
