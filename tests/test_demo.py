@@ -36,6 +36,7 @@ from upweight.demo.proof import (
 )
 from upweight.demo.results import Settings
 from upweight.demo.run import choose_queries, run_demo
+from upweight.demo.tables import closing_sentence
 from upweight.errors import UpweightError
 from upweight.repair.issue_table import IssueTable
 from upweight.scores import Scores
@@ -302,6 +303,13 @@ def test_what_somebody_decided_before_counts(run):
     closing = close_the_loop(settings, run.images, run.given, model, method)
     assert closing.decided == 1 + len(rest) and "retrained" not in closing.loss
     assert list(decisions.labels()) == rest and decisions.remove() == [second]
+    other = replace(run, closing=closing)
+    assert "except for 2 that somebody decided about in the explorer" in render(other)
+    assert f"{len(rest)} images get another label and 1 are forgotten" in render(other)
+    assert f"except for 2 that somebody decided about: {len(rest)} images were given" in closing_sentence(
+        other
+    )
+    assert "somebody" not in closing_sentence(run) and "somebody decided" not in render(run)
 
 
 def test_the_other_commands_work_on_the_demos_run(run, upweight):

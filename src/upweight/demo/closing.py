@@ -36,6 +36,7 @@ class Closing:
         right: how many of those got their true label back.
         labels: the new labels by the images' ids.
         dropped: ids of the images that were to be forgotten.
+        by_people: images that somebody decided about in the explorer.
         accuracy: share of test images classified right "before", "repaired" and "retrained" (mean over seeds).
         loss: mean loss of the test images, in nats, likewise.
         seconds: of the "repair", and of one "retraining".
@@ -53,6 +54,7 @@ class Closing:
     left_out: str = ""
     labels: dict[int | str, int] = field(default_factory=dict)
     dropped: list[int | str] = field(default_factory=list)
+    by_people: int = 0
 
 
 def close_the_loop(
@@ -115,8 +117,9 @@ def close_the_loop(
     decided = len(labels) + len(dropped)
     flagged = len(table.flagged("label"))
     numbers = {name: int(label) for name, label in labels.items()}
+    by_people = sum(one.reviewer != REVIEWER for one in decisions.all().values())
     return Closing(
-        address, report, flagged, decided, right, accuracy, loss, seconds, labels=numbers, dropped=dropped
+        address, report, flagged, decided, right, accuracy, loss, seconds, "", numbers, dropped, by_people
     )
 
 

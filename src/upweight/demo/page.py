@@ -16,6 +16,7 @@ from torch import Tensor
 import upweight
 from upweight.demo.proof import RemovalPair
 from upweight.demo.results import DemoRun
+from upweight.report.charts import ticks
 from upweight.scores import Ranking
 
 NEIGHBOURS = 8
@@ -220,28 +221,16 @@ def _removals(run: DemoRun) -> dict[str, object] | None:
                 "control": place(pair.control.mean),
             }
         )
-    ticks = [(place(value), f"{value:+g}".replace("-", "−") if value else "0") for value in _ticks(low, high)]
+    marks = [
+        (place(value), f"{value:+g}".replace("-", "−") if value else "0") for value in ticks(low, high, 4)
+    ]
     first = run.removals[0].proponents
-    return {"rows": rows, "ticks": ticks, "removed": len(first.removed), "seeds": len(first.measured)}
+    return {"rows": rows, "ticks": marks, "removed": len(first.removed), "seeds": len(first.measured)}
 
 
 def _extent(pair: RemovalPair) -> list[float]:
     one = pair.proponents
     return [one.mean - one.spread, one.mean + one.spread, one.predicted, pair.control.mean]
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers between two ends.
-
-    >>> _ticks(-0.3, 2.2)
-    [0.0, 0.5, 1.0, 1.5, 2.0]
-    """
-    rough = (high - low) / 4
-    power = 10 ** np.floor(np.log10(rough))
-    step = power * min((1, 2, 5, 10), key=lambda factor: abs(factor * power - rough))
-    return [
-        float(round(k * step, 10)) for k in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)
-    ]
 
 
 def _evidence(run: DemoRun) -> list[tuple[str, str]]:

@@ -82,9 +82,12 @@ def closing_sentence(run: DemoRun) -> str:
         return f"The labels were not audited: {escape(closing.left_out)}."
     if not closing.seconds:
         return f"The audit flags {closing.flagged} of the labels, and nothing was decided about them."
+    people = f", except for {closing.by_people} that somebody decided about" if closing.by_people else ""
+    gone = f" and {len(closing.dropped)} were forgotten" if closing.dropped else ""
     words = (
-        f"The audit flags {closing.flagged} labels; its suggestions were accepted unseen: {closing.decided} images "
-        f"were given another label, {closing.right} of them the true one ({flips} were flipped). The network was then "
+        f"The audit flags {closing.flagged} labels; its suggestions were accepted unseen{people}: "
+        f"{len(closing.labels)} images were given another label{gone}; {closing.right} of the new labels are the true "
+        f"ones ({flips} had been flipped). The network was then "
         f"repaired without training it again: mean loss of the test images {closing.loss['before']:.3f} nats before, "
         f"{closing.loss['repaired']:.3f} after"
     )
