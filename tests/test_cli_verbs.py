@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import sys
 
 import pytest
 from test_cli_report import MADE, place  # noqa: F401 - a fixture
@@ -17,6 +18,42 @@ async def asked(app, *paths):
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:7860")
     async with client:
         return [(one.status_code, one.text) for one in [await client.get(path) for path in paths]]
+
+
+EXTRAS = ("gradio", "pandas", "pyarrow", "matplotlib", "xarray", "cleanlab", "bm25s", "dask", "datasets")
+
+
+class NotInstalled:
+    """Finds none of the extras."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name in EXTRAS:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return None
+
+
+@pytest.mark.parametrize("missing", ["gradio", "fastapi"])
+def test_the_explorer_names_the_extra_that_is_missing(upweight, place, monkeypatch, missing):  # noqa: F811
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, out, err = upweight("explore", "pets.py:experiment", "--out", "run", "--method", "grad-dot")
+    assert (code, out) == (2, "") and "Traceback" not in err
+    assert err.splitlines()[-1] == f"error: the explorer needs {missing} -> pip install 'upweight[explore]'"
+
+
+def test_the_other_verbs_need_no_extra(upweight, place, monkeypatch):  # noqa: F811
+    for name in EXTRAS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [NotInstalled(), *sys.meta_path])
+    typed = {
+        "attribute": ("--method", "grad-dot"),
+        "audit": ("--kinds", "label,near_duplicate,outlier"),
+        "repair": ("--remove", "3", "--damping", "0.1"),
+        "report": (),
+    }
+    for verb, options in typed.items():
+        code, _, err = upweight(verb, "pets.py:experiment", "--out", "run", *options)
+        assert code == 0, err
+    assert (place / "run/report.html").is_file()
 
 
 # gradio makes event loops that it never closes

@@ -67,7 +67,11 @@ def explore(
         ours.say(repr(bundle))
         run = Run(bundle, folder, experiment, method, ours.say)
         opened = listen(host, port)
-        app = application(run, host, reviewer if reviewer is not None else _user())
+        try:
+            app = application(run, host, reviewer if reviewer is not None else _user())
+        except BaseException:
+            opened.close()
+            raise
         name, number = opened.getsockname()[:2]
         url = f"http://{f'[{name}]' if ':' in name else name}:{number}/"
         if not is_loopback(host):
