@@ -252,6 +252,7 @@ def main() -> None:
             for method, model, seconds, evidence in attempts(setting, seed):
                 row = {"setting": name, "seed": seed, "method": method, "seconds": seconds}
                 row |= setting.figures(model, seed) | {"ratio": seconds / setting.seconds}
+                row |= {"evidence_seconds": evidence["evidence_processor_seconds"] if evidence else 0.0}
                 if evidence:
                     row |= {"trust": evidence["objective"]["trust_ratio"]}
                     row |= {"steps": [r["step_size"] for r in evidence["steps"]]}
@@ -291,16 +292,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     for setting in dict.fromkeys(row["setting"] for row in rows):
         mine = [row for row in rows if row["setting"] == setting]
         seeds = len({row["seed"] for row in mine})
-        words = "parameters | forgotten | test | test accuracy | on the forgotten | membership | time ratio"
+        words = "parameters | forgotten | test | test accuracy | on the forgotten | membership | time ratio | evidence"
         parts.append(
-            f"**{setting}** ({seeds} seeds)\n\n| method | {words} |\n|---|---|---|---|---|---|---|---|"
+            f"**{setting}** ({seeds} seeds)\n\n| method | {words} |\n|---|---|---|---|---|---|---|---|---|"
         )
         means = {
             key: float(np.mean([row[key] for row in mine])) for key in mine[0] if key.endswith("_retrained")
         }
         parts[-1] += (
             f"\n| retrained, matched | 0 | 0 | 0 | {means['test_accuracy_retrained']:.4f} | "
-            f"{means['forgotten_accuracy_retrained']:.3f} | {means['membership_retrained']:.3f} | 1 |"
+            f"{means['forgotten_accuracy_retrained']:.3f} | {means['membership_retrained']:.3f} | 1 | |"
         )
         for method in dict.fromkeys(row["method"] for row in mine):
             those = [row for row in mine if row["method"] == method]
@@ -308,12 +309,21 @@ def table(rows: list[dict[str, Any]]) -> str:
             ratio = float(np.median([row["ratio"] for row in those]))
             parts[-1] += (
                 f"\n| {method} | {m['parameters']:.2f} | {m['forgotten']:.2f} | {m['test']:.2f} | "
-                f"{m['test_accuracy']:.4f} | {m['forgotten_accuracy']:.3f} | {m['membership']:.3f} | {ratio:.2f} |"
+                f"{m['test_accuracy']:.4f} | {m['forgotten_accuracy']:.3f} | {m['membership']:.3f} | {ratio:.2f} | "
+                f"{m['evidence_seconds']:.1f} s |"
             )
     return "\n\n".join(parts)
 
 
-KEYS = ("parameters", "forgotten", "test", "test_accuracy", "forgotten_accuracy", "membership")
+KEYS = (
+    "parameters",
+    "forgotten",
+    "test",
+    "test_accuracy",
+    "forgotten_accuracy",
+    "membership",
+    "evidence_seconds",
+)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 
 import numpy as np
 import oracles
@@ -15,8 +16,10 @@ from torch import nn
 import upweight as uw
 from upweight.curvature.solvers import ConjugateGradient
 from upweight.integrations.sklearn import from_sklearn
-from upweight.repair import log
-from upweight.repair.options import METHODS
+from upweight.repair import account, amend, log, work
+from upweight.repair.change import read_change
+from upweight.repair.options import METHODS, read_options
+from upweight.repair.vectors import combine, dot
 
 ALPHA, TRAIN = 2.0, 60
 GROUP = list(range(3, 60, 4))
@@ -570,3 +573,79 @@ def test_targets_of_several_numbers_cannot_be_relabelled_but_removed():
     with refused("expected one number an example to relabel"):
         uw.relabel(model, uw.Regression(), data, {3: 1.0}, **QUIET)
     assert uw.unlearn(model, uw.Regression(), data, [3], **QUIET).evidence["groups"]["forgotten"]["of"] == 1
+
+
+# Cost ----------------------------------------------------------------------------------------------------------------
+
+
+def rows_seen(model):
+    """{"n": examples that went through copies of the model from now on}."""
+    seen = {"n": 0}
+
+    def count(_, args):
+        seen["n"] += len(args[0])
+
+    model.register_forward_pre_hook(count)
+    return seen
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_a_sample_of_the_objective_has_the_exact_slope(finish):
+    """Only what lies beyond the linear term is estimated."""
+    model = network(lambda: nn.Linear(4, 2), steps=20).double()
+    x, y = problem()
+    examples = uw.Examples((x.double(), y))
+    values = {}
+    for most in (20, 60):
+        settings = read_options(
+            {"l2": 0.01, "search_examples": most, "finish": finish, "step_size": 1e-9, **QUIET}
+        )
+        change = read_change(examples, labels={4: int(1 - y[4])})
+        descent = work.Work(model, uw.Classification(), examples, change, settings, None).run().descent
+        assert descent.search.examples.n == most
+        u = {name: torch.arange(v.numel()).reshape(v.shape).double() for name, v in descent.start.items()}
+        at = []
+        for t in (0.0, 1e-6, -1e-6, 0.5):
+            descent.place(combine(descent.start, u, t))
+            at.append(descent.value())
+        descent.place(descent.start)
+        assert (at[1] - at[2]) / 2e-6 == pytest.approx(dot(descent.first, u), rel=1e-5)
+        values[most] = at[3] - at[0]
+        # What goes before the sample is the whole data's: the same gradient whatever is drawn.
+        values["slope", most] = dot(descent.first, u)
+    assert values["slope", 20] == pytest.approx(values["slope", 60], rel=1e-12)
+    assert values[20] != values[60] and values[20] == pytest.approx(values[60], rel=0.5)
+
+
+def test_no_pass_over_the_data_is_made_twice(monkeypatch):
+    """Rows that go through the model while it is amended, counted by hand: removing 3 of 60, the sample of 20."""
+    model, amended = network(), []
+    seen = rows_seen(model)  # the hook goes along with the copy, and counts there
+
+    class Counted(work.Work):
+        def run(self):
+            before = seen["n"]
+            found = super().run()
+            amended.append(seen["n"] - before)
+            return found
+
+    monkeypatch.setattr(amend, "Work", Counted)
+    options = {"l2": 0.01, "search_examples": 20, "batch_size": 7, **QUIET}
+    repair = uw.unlearn(model, uw.Classification(), problem(), [0, 7, 9], method="gradient", **options)
+    assert repair.evidence["search_examples"] == {"n": 20, "of": 57}
+    tried = 1 + round(-np.log2(repair.evidence["steps"][0]["step_size"]))
+    # The change's gradient; the sample's gradient before, and along the step's direction; every step size tried.
+    assert amended == [3 + 20 + 20 + 20 * tried]
+
+
+def test_times_of_the_repair_and_of_its_evidence_are_two(monkeypatch):
+    def slow(*args, real=account.account):
+        until = time.process_time() + 0.3
+        while time.process_time() < until:
+            pass
+        return real(*args)
+
+    monkeypatch.setattr(amend, "account", slow)
+    evidence = uw.unlearn(network(), uw.Classification(), problem(), [3], l2=0.01, **QUIET).evidence
+    assert evidence["evidence_processor_seconds"] >= 0.3 and evidence["evidence_seconds"] >= 0.3
+    assert evidence["processor_seconds"] < 5 and evidence["seconds"] > 0

@@ -239,6 +239,13 @@ class _Changed(Source):
         self._kept[positions] = True
 
     def batches(self, batch_size: int) -> Iterator[Rows]:
+        if (
+            self.batch_size is None and 2 * self.n < self.base.n
+        ):  # few: not all are read for them, and batches are full
+            for start in range(0, self.n, batch_size):
+                stop = min(start + batch_size, self.n)
+                yield Rows(start, stop, self.take(range(start, stop)))
+            return
         start = 0
         for rows in self.base.batches(batch_size):
             here = np.flatnonzero(self._kept[rows.start : rows.stop])

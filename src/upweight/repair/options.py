@@ -43,6 +43,8 @@ class Options(TypedDict, total=False):
     * ``steps``: the most steps of an iterated method; 1 for ``"newton"``.
     * ``batch`` and ``rate``: of ``"fine_tune"``, whose `steps` are passes over the changed data.
     * ``curvature_examples``: fit the curvature to this many of the examples, drawn by the seed; None for all.
+    * ``search_examples``: how far to go along a step is decided on at most this many of the training examples, drawn by
+      the seed (without `validation`); the step itself and the change's own gradient are of all of them.
     * ``tolerance``: an iterated method stops where the gradient has fallen to this share of what it was.
     """
 
@@ -62,6 +64,7 @@ class Options(TypedDict, total=False):
     batch: int
     rate: float
     curvature_examples: int | None
+    search_examples: int
     tolerance: float
     memory: int | str
     batch_size: int | None
@@ -89,6 +92,7 @@ class Settings:
     batch: int = 128
     rate: float = 2e-3
     curvature_examples: int | None = None
+    search_examples: int = 2048
     tolerance: float = 1e-8
     memory: int | str = "auto"
     batch_size: int | None = None
@@ -130,6 +134,10 @@ def read_options(options: Mapping[str, Any]) -> Settings:
     if found.curvature_examples is not None and found.curvature_examples < 1:
         raise UpweightError(
             f"curvature_examples={found.curvature_examples}, expected at least 1 -> leave it out for all of them"
+        )
+    if found.search_examples < 1:
+        raise UpweightError(
+            f"search_examples={found.search_examples}, expected at least 1 -> 2048 is the default"
         )
     if found.batch < 1 or not found.rate > 0:
         raise UpweightError(
