@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,9 @@ from upweight.repair.measured import (
 )
 from upweight.repair.vectors import combine, norm, place, values_of
 from upweight.repair.work import Outcome, Work
+
+WORSE = 2.5
+"""Standard errors of the paired differences by which accuracy must fall to be warned of: by chance, once in 160."""
 
 
 def account(work: Work, outcome: Outcome, test: Examples | None) -> dict[str, Any]:
@@ -52,6 +57,8 @@ def account(work: Work, outcome: Outcome, test: Examples | None) -> dict[str, An
     finally:
         place(tracker.parameters, end)
     _check_finite(after)
+    summary = descent.summary(value)
+    _warn(work, outcome, summary, before, after)
     settings, change = work.settings, work.change
     return {
         "what": change.describe(),
@@ -63,7 +70,7 @@ def account(work: Work, outcome: Outcome, test: Examples | None) -> dict[str, An
         "steps": descent.records,
         "step_size_from": _chosen_by(work),
         "search_examples": {"n": descent.search.examples.n, "of": descent.objective.examples.n},
-        "objective": descent.summary(value),
+        "objective": summary,
         "residual_gradient_norm": {
             "before": norm(descent.full),
             "after": norm(gradient),
@@ -89,6 +96,50 @@ def _chosen_by(work: Work) -> str:
         return "the user"
     held_out = work.validation is not None and work.settings.method != "trust_region"
     return "held-out data" if held_out else "the changed training objective"
+
+
+def _warn(
+    work: Work,
+    outcome: Outcome,
+    summary: Mapping[str, float | None],
+    before: Mapping[str, Measured],
+    after: Mapping[str, Measured],
+) -> None:
+    """A repair that did nothing, or harm, says so; not one whose step the user fixed."""
+    settings, records, risen = work.settings, outcome.descent.records, summary["actual"]
+    held_out = work.validation is not None
+    if settings.step_size is not None:
+        return
+    if records and not any(record["length"] for record in records):
+        what = "lowers the held-out loss" if held_out else "has half of its predicted effect"
+        _say(
+            f"no step of method={settings.method!r} {what}: the model is as it was -> raise damping=, give the l2= "
+            "that the training had, or use method='trust_region'"
+        )
+        return
+    if not held_out and risen is not None and risen > 0:
+        _say(
+            f"the changed training objective rose by {risen:.3g} -> a smaller rate=, more search_examples=, or the l2= "
+            "that the training had"
+        )
+    watched = ["validation", "test"] if held_out else ["retained", "test"]
+    if work.change.removed:  # which the others may well miss
+        watched = watched[:1]
+    for name in watched:
+        if name not in before or before[name].correct is None:
+            continue
+        old, new = (which[name].correct.double() for which in (before, after))  # pyright: ignore[reportOptionalMemberAccess]
+        gap = new - old
+        if len(gap) > 1 and float(gap.mean()) < -WORSE * float(gap.std()) / math.sqrt(len(gap)):
+            _say(
+                f"accuracy on the {name} examples fell from {float(old.mean()):.1%} to {float(new.mean()):.1%}, more "
+                "than chance explains -> give validation= to choose the step, a larger damping=, or the l2= that the "
+                "training had"
+            )
+
+
+def _say(text: str) -> None:
+    warnings.warn(text, stacklevel=6)
 
 
 def _groups(work: Work, test: Examples | None) -> dict[str, tuple[Examples, int]]:

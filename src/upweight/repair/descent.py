@@ -26,7 +26,8 @@ from upweight.repair.objective import Objective
 from upweight.repair.vectors import Vector, combine, dot, norm, place, scaled, values_of
 
 HALVINGS = 12
-ARMIJO = 1e-4
+TRUSTED = 0.5
+"""Share of its predicted effect that a step must have: a trust ratio, as `Descent.summary` reports."""
 HELD_OUT_STEPS = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25, 0.12, 0.06)
 """Shares of the full step that are tried on held-out data."""
 
@@ -153,7 +154,7 @@ class Descent:
             predicted: ``t -> predicted change`` of the tilted objective.
             held_out: whether held-out data may choose t.
         """
-        at, slope = self.here(), dot(gradient, u)
+        at = self.here()
         if not all(bool(torch.isfinite(v).all()) for v in u.values()):
             raise UpweightError("the step is not finite, expected finite numbers -> raise the damping")
         if norm(u) == 0 and norm(gradient) > 0:
@@ -167,7 +168,7 @@ class Descent:
         elif self.held_out is not None and held_out:
             t = self._on_held_out(at, u)
         else:
-            t = self._backtrack(at, u, slope)
+            t = self._backtrack(at, u, predicted)
         if t:
             self.last = at
         self.records.append(
@@ -180,15 +181,19 @@ class Descent:
         )
         return t
 
-    def _backtrack(self, at: Vector, u: Vector, slope: float) -> float:
-        """The longest of u, u/2, u/4, ... that lowers the tilted objective as far as it should."""
+    def _backtrack(self, at: Vector, u: Vector, predicted: Callable[[float], float]) -> float:
+        """The longest of u, u/2, u/4, ... that lowers the tilted objective by a good part of what it should.
+
+        A step beyond where the quadratic model holds may lower the objective too, by little, on the way to a worse
+        model: so that more is asked for here than Armijo's rule does.
+        """
         before = self.value()
         noise = 1e-13 * abs(before)
         for halvings in range(HALVINGS):
             t = 0.5**halvings
             self.place(combine(at, u, t))
             after = self.value()
-            if math.isfinite(after) and after <= before + ARMIJO * t * slope + noise:
+            if math.isfinite(after) and after <= before + TRUSTED * min(predicted(t), 0.0) + noise:
                 return t
         self.place(at)
         return 0.0

@@ -16,6 +16,7 @@ Models" (arXiv 1911.03030); the damping of a trust region: Levenberg and Marquar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -181,9 +182,10 @@ def fine_tune(problem: Problem) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(settings.seed)
     batches = [
         batch.tolist()
-        for _ in range(settings.most_steps)
+        for _ in range(math.ceil(settings.passes))
         for batch in torch.randperm(after.n, generator=generator).split(settings.batch)
     ]
+    batches = batches[: max(1, round(settings.passes * math.ceil(after.n / settings.batch)))]
     velocity: Vector = scaled(descent.start, 0.0)
     for done, batch in enumerate(batches):
         velocity = combine(inverse(_batch_gradient(problem, batch)), velocity, MOMENTUM)
