@@ -122,10 +122,10 @@ def _warn(
             f"the changed training objective rose by {risen:.3g} -> a smaller rate=, more search_examples=, or the l2= "
             "that the training had"
         )
-    watched = ["validation", "test"] if held_out else ["retained", "test"]
-    if work.change.removed:  # which the others may well miss
-        watched = watched[:1]
-    for name in watched:
+    watched = [name for name in ("validation", "test") if name in before]
+    if work.change.removed and not held_out:  # which the test data may well miss
+        watched = []
+    for name in watched or ["retained"]:
         if name not in before or before[name].correct is None:
             continue
         old, new = (which[name].correct.double() for which in (before, after))  # pyright: ignore[reportOptionalMemberAccess]
@@ -135,6 +135,7 @@ def _warn(
                 f"accuracy on the {name} examples fell from {float(old.mean()):.1%} to {float(new.mean()):.1%}, more "
                 "than chance explains -> give validation= to choose the step, a larger damping=, or the l2= that the "
                 "training had"
+                + (" (if many of their own labels are wrong, look at test=)" if name == "retained" else "")
             )
 
 

@@ -20,6 +20,7 @@ from upweight.repair.head import find_head
 from upweight.repair.inverse import default_curvature
 from upweight.repair.objective import Objective, by_parameter, losses_of, summed_gradient
 from upweight.repair.options import Settings
+from upweight.repair.tail import find_tail
 from upweight.repair.vectors import Vector
 from upweight.task import Task
 
@@ -73,7 +74,7 @@ class Work:
         """Move the model."""
         held_out = None if self.validation is None else self._held_out
         if self.settings.method != "last_layer":
-            return self._solve(self.model, self.tracker, self.examples, self.settings, held_out)
+            return self._solve(*self._part(), self.settings, held_out)
         head = find_head(self.tracker, self.task, self.examples, self.batch_size)
         precise, data = head.in_double()  # its minimum is not to be missed by rounding
         tracker = Tracker(precise, self.task, data)
@@ -89,6 +90,20 @@ class Work:
         outcome = self._solve(precise, tracker, data, settings, None if held_out is None else moved)
         head.take(precise)
         return outcome
+
+    def _part(self) -> tuple[nn.Module, Tracker, Examples]:
+        """The model and the data; of a model whose first layers stay as they are, the rest and what goes into it."""
+        whole = self.model, self.tracker, self.examples
+        if self.settings.parameters is None:
+            return whole
+        tail = find_tail(self.tracker, self.task, self.examples, self.batch_size, self.settings.memory)
+        if tail is None:
+            return whole
+        return (
+            tail.module,
+            Tracker(tail.module, self.task, tail.examples, self.settings.parameters),
+            tail.examples,
+        )
 
     def _solve(
         self,
