@@ -56,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fine-tuning by EK-FAC, later layers": {
         "method": "fine_tune",
         "parameters": LATER,
-        "steps": 3,
+        "steps": 2.5,
         "rate": 2e-3,
         **EKFAC,
         "damping": 3e-3,
