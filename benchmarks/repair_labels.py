@@ -10,8 +10,9 @@ same seed.
 
     recovered = (accuracy after repair - before) / (accuracy after retraining - before)
 
-on 5,000 test images with their true labels, over 3 seeds. Seconds are processor time on one thread. Options were
-chosen on another draw of the recipe (seed 100, budget 10 %), not on the seeds that are reported.
+on 5,000 test images with their true labels, over 3 seeds. Seconds are processor time on one thread: of amending the
+model, which is held against retraining, and beside it of measuring the evidence afterwards, which retraining has not.
+Options were chosen on another draw of the recipe (seed 100, budget 10 %), not on the seeds that are reported.
 """
 
 from __future__ import annotations
@@ -42,14 +43,31 @@ EKFAC: dict[str, Any] = {
     "curvature_examples": 500,
     "damping": 1e-2,
 }
+LATER = (
+    r"^(6|10|12)\."  # the last convolution and the two linear layers, 85 thousand of 90 thousand parameters
+)
 METHODS: dict[str, dict[str, Any]] = {
     "gradient": {"method": "gradient"},
     "last layer": {"method": "last_layer"},
     "influence, EK-FAC": {"method": "influence", **EKFAC},
     "newton, EK-FAC": {"method": "newton", **EKFAC},
     "trust region, EK-FAC": {"method": "trust_region", "steps": 4, **EKFAC},
-    "fine-tuning by EK-FAC": {"method": "fine_tune", "steps": 1, "rate": 2e-3, **EKFAC},
-    "fine-tuning by EK-FAC, 2 passes": {"method": "fine_tune", "steps": 2, "rate": 2e-3, **EKFAC},
+    "fine-tuning by EK-FAC": {"method": "fine_tune", "steps": 1.2, "rate": 2e-3, **EKFAC},
+    "fine-tuning by EK-FAC, later layers": {
+        "method": "fine_tune",
+        "parameters": LATER,
+        "steps": 2.5,
+        "rate": 2e-3,
+        **EKFAC,
+        "damping": 3e-3,
+    },
+    "fine-tuning by EK-FAC, 3 passes": {
+        "method": "fine_tune",
+        "steps": 3,
+        "rate": 2e-3,
+        **EKFAC,
+        "damping": 3e-3,
+    },
 }
 
 
@@ -142,30 +160,34 @@ def main() -> None:
             )
             if arguments.train:
                 continue
-            for method, model, seconds in attempts(before, images, labels, changes, whole):
+            for method, model, seconds, evidence in attempts(before, images, labels, changes, whole):
                 after = accuracy(model, xt, yt)
                 row = {"noise": arguments.noise, "seed": seed, "budget": budget, "changed": len(changes)}
                 row |= {"method": method, "before": start, "retrained": best, "after": after}
                 row |= {"recovered": (after - start) / (best - start)}
-                row |= {"seconds": seconds, "ratio": seconds / whole}
+                row |= {"seconds": seconds, "ratio": seconds / whole, "evidence_seconds": evidence}
                 rows.append(row)
-                shares = f"{row['recovered']:+.2f} {seconds:6.2f} s {row['ratio']:.1%}"
-                print(f"  {method:26} {after:.4f} {shares}", flush=True)
+                shares = (
+                    f"{row['recovered']:+.2f} {seconds:6.2f} s {row['ratio']:.1%} (evidence {evidence:.2f} s)"
+                )
+                print(f"  {method:36} {after:.4f} {shares}", flush=True)
             arguments.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def attempts(
     before: nn.Module, images: Noisy, labels: Tensor, changes: dict[int, int], whole: float
-) -> Iterator[tuple[str, nn.Module, float]]:
-    """(method, repaired model, seconds) of every method, and of fine-tuning for as long."""
+) -> Iterator[tuple[str, nn.Module, float, float]]:
+    """(method, repaired model, its seconds, those of its evidence) of every method, and of fine-tuning for as long."""
     data = (images.x, images.given)
     for method, options in METHODS.items():
         repair = uw.relabel(
             before, uw.Classification(), data, changes, **{"l2": DECAY, "progress": False, **options}
         )
-        yield method, repair.model, repair.evidence["processor_seconds"]
+        found = repair.evidence
+        yield method, repair.model, found["processor_seconds"], found["evidence_processor_seconds"]
     for share in (0.05, 0.10):
-        yield f"fine-tuning, {share:.0%} of time", *fine_tuned(before, images.x, labels, share * whole, 0.03)
+        tuned = fine_tuned(before, images.x, labels, share * whole, 0.03)
+        yield f"fine-tuning, {share:.0%} of time", *tuned, 0.0
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -189,22 +211,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| method | "
         + " | ".join(f"{b:.0%}" for b in budgets)
-        + " | recovered, all | of retraining's time |",
-        "|---|" + "---|" * (len(budgets) + 2),
+        + " | recovered, all | of retraining's time | measuring the evidence |",
+        "|---|" + "---|" * (len(budgets) + 3),
     ]
     lines.append(
-        "| before | " + " | ".join(f"{mean(of(first, b), 'before'):.4f}" for b in budgets) + " | 0 | 0 |"
+        "| before | " + " | ".join(f"{mean(of(first, b), 'before'):.4f}" for b in budgets) + " | 0 | 0 | |"
     )
     lines.append(
         "| retrained | "
         + " | ".join(f"{mean(of(first, b), 'retrained'):.4f}" for b in budgets)
-        + " | 1 | 1 |"
+        + " | 1 | 1 | |"
     )
     for method in dict.fromkeys(r["method"] for r in rows):
         cells = [f"{mean(of(method, b), 'after'):.4f} ({share(of(method, b)):+.2f})" for b in budgets]
         whole = of(method)
         lines.append(
-            f"| {method} | " + " | ".join(cells) + f" | {share(whole):+.2f} | {mean(whole, 'ratio'):.1%} |"
+            f"| {method} | "
+            + " | ".join(cells)
+            + f" | {share(whole):+.2f} | {mean(whole, 'ratio'):.1%} | {mean(whole, 'evidence_seconds'):.1f} s |"
         )
     return f"{len(seeds)} seeds\n\n" + "\n".join(lines)
 

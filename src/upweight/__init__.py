@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from upweight.repair.audit import audit
     from upweight.repair.issue_table import IssueTable
     from upweight.repair.result import Repair
-    from upweight.repair.verify import Verification, verify
+    from upweight.repair.verification import Verification
+    from upweight.repair.verify import verify
     from upweight.scores import Ranking, Scores, SelfInfluence
     from upweight.task import BinaryClassification, Classification, Regression, Task
     from upweight.testing import check_attributor
@@ -83,7 +84,7 @@ _LAZY = {
     "TracIn": "upweight.attributors.tracin",
     "UpweightError": "upweight.errors",
     "audit": "upweight.repair.audit",
-    "Verification": "upweight.repair.verify",
+    "Verification": "upweight.repair.verification",
     "amend": "upweight.repair.amend",
     "check_attributor": "upweight.testing",
     "confident_learning": "upweight.attributors.baselines.confident_learning",

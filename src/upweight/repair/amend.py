@@ -8,44 +8,23 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Unpack
 
 from upweight.attributors.evidence import library_versions
-from upweight.budget import batch_size_for, parse_memory
-from upweight.curvature.l2 import describe_l2
 from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.fingerprint import model_fingerprint
-from upweight.gradients import Tracker
-from upweight.gradients.layers import from_parameters
-from upweight.repair import steps
-from upweight.repair.change import Change, Weighted, changed, read_change, selected
-from upweight.repair.descent import Descent, change_gradient
-from upweight.repair.head import find_head
-from upweight.repair.inverse import default_curvature
-from upweight.repair.measured import (
-    MOST,
-    Measured,
-    certificate,
-    group_evidence,
-    kept_buffers,
-    measure,
-    parameter_evidence,
-    predicted_change,
-)
-from upweight.repair.objective import Objective, by_parameter, losses_of, summed_gradient
-from upweight.repair.options import Options, Settings, read_options
+from upweight.repair.account import account
+from upweight.repair.change import read_change
+from upweight.repair.options import Options, read_options
 from upweight.repair.result import Repair
-from upweight.repair.vectors import Vector, combine, norm
+from upweight.repair.work import Work
 from upweight.task import Task
-
-SLOWEST_PASS = 512
 
 
 def unlearn(
@@ -233,217 +212,29 @@ def amend(
     change.divisor(settings.convention)
     copied = copied_model(model)
     with _as_it_was(model, copied):
-        work = _Work(copied, task, examples, change, settings, _opened(validation, "validation"))
+        work = Work(copied, task, examples, change, settings, _opened(validation, "validation"))
         outcome = work.run()
-        seconds, processor = time.perf_counter() - started, time.process_time() - worked
-        groups = work.groups(_opened(test, "test"))
-        evidence = work.evidence(outcome, groups)
+        amended, processor = time.perf_counter(), time.process_time()
+        evidence = account(work, outcome, _opened(test, "test"))
+        fingerprints = {
+            "before": model_fingerprint(model),
+            "after": model_fingerprint(copied),
+            "train": examples.fingerprint(),
+        }
     return Repair(
         model=copied,
         change=change,
         method=settings.method,
         evidence={
             **evidence,
-            "seconds": round(seconds, 3),
-            "processor_seconds": round(processor, 3),
-            "evidence_seconds": round(time.perf_counter() - started - seconds, 3),
-            "fingerprints": {
-                "before": model_fingerprint(model),
-                "after": model_fingerprint(copied),
-                "train": examples.fingerprint(),
-            },
+            "seconds": round(amended - started, 3),
+            "evidence_seconds": round(time.perf_counter() - amended, 3),
+            "processor_seconds": round(processor - worked, 3),
+            "evidence_processor_seconds": round(time.process_time() - processor, 3),
+            "fingerprints": fingerprints,
             "versions": library_versions(),
         },
     )
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What the method did: where it was on its objective, and how its systems were solved."""
-
-    descent: Descent
-    solver: dict[str, Any]
-
-
-class _Work:
-    """One repair of a copied model."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        examples: Examples,
-        change: Change,
-        settings: Settings,
-        validation: Examples | None,
-    ) -> None:
-        self.model, self.task, self.examples, self.change = model, task, examples, change
-        self.validation = validation
-        head_alone = settings.method == "last_layer"
-        if head_alone and settings.parameters is not None:
-            raise UpweightError(
-                "parameters= does not go with method='last_layer', which names them -> leave it out"
-            )
-        if head_alone:
-            from upweight.attributors.last_layer import last_linear
-
-            names = last_linear(model, task, examples)
-            settings = replace(settings, parameters=lambda name: name in names)
-        self.tracker = Tracker(model, task, examples, settings.parameters)
-        if settings.curvature is None:
-            settings = replace(settings, curvature=default_curvature(task, self.tracker.parameters))
-        self.settings = settings
-        probe = self.tracker.train(examples.take([0]), examples.ids[:1])
-        chosen = batch_size_for(float(max(1, probe.nbytes)), examples.n, parse_memory(settings.memory))
-        self.batch_size = settings.batch_size or min(SLOWEST_PASS, chosen)
-        self._check_labels()
-        self.start = {name: p.detach().double().clone() for name, p in self.tracker.parameters.items()}
-
-    def run(self) -> _Outcome:
-        """Move the model."""
-        held_out = None if self.validation is None else self._held_out
-        if self.settings.method != "last_layer":
-            return self._solve(self.model, self.tracker, self.examples, self.settings, held_out)
-        head = find_head(self.tracker, self.task, self.examples, self.batch_size)
-        precise, data = head.in_double()  # its minimum is not to be missed by rounding
-        tracker = Tracker(precise, self.task, data)
-        own = {
-            head.parameter(name): c[None] for name, c in by_parameter(self.settings.l2, self.tracker).items()
-        }
-        settings = replace(self.settings, parameters=None, l2=from_parameters(tracker.layers, own)[0])
-
-        def moved() -> Tensor:
-            head.take(precise)
-            return self._held_out()
-
-        outcome = self._solve(precise, tracker, data, settings, None if held_out is None else moved)
-        head.take(precise)
-        return outcome
-
-    def _solve(
-        self,
-        model: nn.Module,
-        tracker: Tracker,
-        examples: Examples,
-        settings: Settings,
-        held_out: Callable[[], Tensor] | None,
-    ) -> _Outcome:
-        change = self.change
-        after = changed(examples, change)
-        task = Weighted(self.task) if change.weights else self.task
-        divisor = change.divisor(settings.convention)
-        objective = Objective(
-            tracker, task, after, divisor, by_parameter(settings.l2, tracker), self.batch_size
-        )
-        descent = Descent(
-            objective,
-            self._own_gradient(tracker, examples, objective),
-            settings.finish,
-            held_out,
-            not change.labels and not change.weights,
-            settings.step_size,
-        )
-        problem = steps.Problem(descent, settings, model, task, examples, after, self.task)
-        return _Outcome(descent, steps.run(problem))
-
-    def _own_gradient(self, tracker: Tracker, examples: Examples, objective: Objective) -> Vector:
-        """What the change alone does to the gradient at the trained weights."""
-        change, task, size = self.change, self.task, self.batch_size
-        leaving, entering = [], []
-        if change.removed:
-            leaving.append(summed_gradient(tracker, task, selected(examples, change.removed), size))
-        if change.labels or change.weights:
-            moved = sorted({*change.labels, *change.weights})
-            leaving.append(summed_gradient(tracker, task, selected(examples, moved), size))
-            new = changed(selected(examples, moved), _among(change, moved))
-            weighted = Weighted(task) if change.weights else task
-            entering.append(summed_gradient(tracker, weighted, new, size))
-        return change_gradient(leaving, entering, objective.penalty_gradient(), change.n, objective.divisor)
-
-    def _held_out(self) -> Tensor:
-        assert self.validation is not None
-        return losses_of(self.tracker, self.task, self.validation, self.batch_size)
-
-    # Evidence ------------------------------------------------------------------------------------------------------
-
-    def groups(self, test: Examples | None) -> dict[str, tuple[Examples, int]]:
-        """{group: (its examples, of how many)}."""
-        found: dict[str, tuple[Examples, int]] = {}
-        for name, positions in {**self.change.groups, "retained": self.change.untouched}.items():
-            if not positions:
-                continue
-            few = _spread(sorted(positions))
-            found[name] = selected(self.examples, few, self.change.labels), len(positions)
-        for name, data in (("validation", self.validation), ("test", test)):
-            if data is not None:
-                few = data if data.n <= MOST else selected(data, _spread(range(data.n)))
-                found[name] = few, data.n
-        return found
-
-    def evidence(self, outcome: _Outcome, groups: Mapping[str, tuple[Examples, int]]) -> dict[str, Any]:
-        """JSON-able."""
-        descent, tracker, task, size = outcome.descent, self.tracker, self.task, self.batch_size
-        objective = descent.objective
-        proof = certificate(descent, task, size)
-        residual_after = norm(objective.gradient())
-        end = {name: p.detach().double().clone() for name, p in tracker.parameters.items()}
-        after = {name: measure(tracker, task, data, size) for name, (data, _) in groups.items()}
-        u = combine(end, self.start, -1)
-        self._place(self.start)
-        try:
-            before = {name: measure(tracker, task, data, size) for name, (data, _) in groups.items()}
-            predicted = {
-                name: predicted_change(tracker, task, data, u, size) for name, (data, _) in groups.items()
-            }
-        finally:
-            self._place(end)
-        _check_finite(after)
-        settings, records = self.settings, descent.records
-        return {
-            "what": self.change.describe(),
-            "method": settings.method,
-            "convention": settings.convention,
-            "finish": settings.finish,
-            "l2": describe_l2(settings.l2),
-            "solver": outcome.solver,
-            "steps": records,
-            "step_size_from": "the user"
-            if settings.step_size is not None
-            else "held-out data"
-            if self.validation is not None and settings.method != "trust_region"
-            else "the changed training objective",
-            "objective": descent.summary(),
-            "residual_gradient_norm": {
-                "before": norm(descent.full),
-                "after": residual_after,
-                "training_left": norm(combine(descent.full, descent.own, -1)),
-            },
-            "groups": {
-                name: group_evidence(before[name], after[name], predicted[name], of)
-                for name, (_, of) in groups.items()
-            },
-            "parameters": parameter_evidence(self.start, end),
-            "buffers_kept": kept_buffers(self.model),
-            "tied": tied_names(self.model),
-            "certificate": proof.summary() if proof is not None else None,
-            "coverage": {
-                "parameters": tracker.coverage.parameters,
-                "squared_gradient_norm": tracker.coverage.squared_norm,
-            },
-        }
-
-    def _place(self, values: Vector) -> None:
-        from upweight.repair.vectors import place
-
-        place(self.tracker.parameters, values)
-
-    def _check_labels(self) -> None:
-        """The new labels must be ones that the task can have, before any time is spent."""
-        if not self.change.labels:
-            return
-        positions = sorted(self.change.labels)
-        new = selected(self.examples, positions, self.change.labels)
-        self.task.check_targets(new.take(range(new.n)), new.ids, self.tracker.output_shape)
 
 
 def copied_model(model: nn.Module) -> nn.Module:
@@ -465,14 +256,6 @@ def copied_model(model: nn.Module) -> nn.Module:
     return copied
 
 
-def tied_names(model: nn.Module) -> list[list[str]]:
-    """Names that share one parameter."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
-
-
 @contextmanager
 def _as_it_was(model: nn.Module, copied: nn.Module) -> Iterator[None]:
     """Buffers of the copy stay as they were, whatever forward passes do to them."""
@@ -485,21 +268,6 @@ def _as_it_was(model: nn.Module, copied: nn.Module) -> Iterator[None]:
                 b.copy_(buffers[name])
 
 
-def _among(change: Change, positions: Sequence[int]) -> Change:
-    """The change of labels and weights, by place among these positions."""
-    place = {p: k for k, p in enumerate(positions)}
-    return Change(
-        len(positions),
-        labels={place[p]: label for p, label in change.labels.items()},
-        weights={place[p]: w for p, w in change.weights.items()},
-    )
-
-
-def _spread(positions: Sequence[int]) -> list[int]:
-    step = max(1, -(-len(positions) // MOST))
-    return list(positions[::step])
-
-
 def _opened(data: Any, what: str) -> Examples | None:
     if data is None:
         return None
@@ -507,12 +275,3 @@ def _opened(data: Any, what: str) -> Examples | None:
         return data if isinstance(data, Examples) else Examples(data)
     except UpweightError as error:
         raise UpweightError(f"{what}: {error}") from error
-
-
-def _check_finite(measured: Mapping[str, Measured]) -> None:
-    for name, one in measured.items():
-        if not bool(one.losses.isfinite().all()):
-            raise UpweightError(
-                f"{int((~one.losses.isfinite()).sum())} of {len(one.losses)} losses of the {name} examples are NaN or "
-                "infinite after the repair -> raise the damping, or let the step size be chosen (step_size=None)"
-            )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from upweight._ids import as_ids, positions_of
 from upweight._trees import map_tensors
-from upweight.data import Examples, Rows, Source
+from upweight.data import Examples, Rows, Source, _Tensors
 from upweight.errors import UpweightError
 from upweight.task import FisherKind, Task
 from upweight.task.outputs import split_batch
@@ -239,6 +239,13 @@ class _Changed(Source):
         self._kept[positions] = True
 
     def batches(self, batch_size: int) -> Iterator[Rows]:
+        if (
+            self.batch_size is None and 2 * self.n < self.base.n
+        ):  # few: not all are read for them, and batches are full
+            for start in range(0, self.n, batch_size):
+                stop = min(start + batch_size, self.n)
+                yield Rows(start, stop, self.take(range(start, stop)))
+            return
         start = 0
         for rows in self.base.batches(batch_size):
             here = np.flatnonzero(self._kept[rows.start : rows.stop])
@@ -259,6 +266,11 @@ class _Changed(Source):
         yield torch.from_numpy(self.positions)
         yield torch.tensor([[float(p), float(label)] for p, label in sorted(self.labels.items())])
         yield self.weights if self.weights is not None else torch.zeros(0)
+        if 2 * self.n < self.base.n and isinstance(
+            self.base._source, _Tensors
+        ):  # not all of it, for a few of them
+            yield self.base.take(self.positions.tolist())
+            return
         yield torch.frombuffer(bytearray(self.base.fingerprint().encode()), dtype=torch.uint8)
 
     def _altered(self, batch: Any, positions: np.ndarray) -> Any:

@@ -26,7 +26,8 @@ from upweight.repair.objective import Objective
 from upweight.repair.vectors import Vector, combine, dot, norm, place, scaled, values_of
 
 HALVINGS = 12
-ARMIJO = 1e-4
+TRUSTED = 0.5
+"""Share of its predicted effect that a step must have: a trust ratio, as `Descent.summary` reports."""
 HELD_OUT_STEPS = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25, 0.12, 0.06)
 """Shares of the full step that are tried on held-out data."""
 
@@ -35,9 +36,17 @@ HELD_OUT_STEPS = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25, 0.12, 0.06)
 class Descent:
     """The tilted objective ``J'(theta) - a . (theta - theta_0)``, and where the model is on it.
 
+    J' itself is a pass over all of the data. How far to go along a step is decided on a sample of it, J'_S, whose error
+    in the linear term is known and taken off: with the exact gradient ``g`` at theta_0,
+
+        J'_S(theta) - (grad J'_S(theta_0) - g) . (theta - theta_0),
+
+    so that what the sample estimates is only what Taylor's series has beyond that term.
+
     Attributes:
         objective: J'.
-        own: the change's own gradient at theta_0.
+        search: J'_S; J' itself where there is little data.
+        change: ``() -> the change's own gradient at theta_0``, asked once, where something needs it.
         finish: whether what training left undone is to be done too: no tilt.
         held_out: ``() -> losses of the held-out examples`` at the model's weights, or None.
         removes: whether the change only takes examples away.
@@ -46,7 +55,8 @@ class Descent:
     """
 
     objective: Objective
-    own: Vector
+    search: Objective
+    change: Callable[[], Vector]
     finish: bool
     held_out: Callable[[], Tensor] | None
     removes: bool
@@ -56,16 +66,37 @@ class Descent:
     def __post_init__(self) -> None:
         self.start = self.here()
         self.last = self.start  # where the last step began
-        self._known: tuple[Vector, Vector] | None = None if self.finish else (self.start, self.own)
+        self._gradient: tuple[Vector, Vector] | None = (
+            None  # (weights, gradient there), the last one asked for
+        )
+        self._value: tuple[Vector, float] | None = None
 
     @cached_property
+    def own(self) -> Vector:
+        """The change's own gradient at theta_0."""
+        return self._at_start(self.change)
+
+    @cached_property
+    def trained(self) -> tuple[float, Vector]:
+        """``J'(theta_0)`` and its gradient: a pass over the data, where something asks for it."""
+        return self._at_start(self.objective.value_and_gradient)
+
+    @property
     def full(self) -> Vector:
-        """``grad J'(theta_0)``: a pass over the data, where something asks for it."""
-        at = self.here()
-        self.place(self.start)
-        found = self.objective.gradient()
-        self.place(at)
-        return found
+        """``grad J'(theta_0)``."""
+        return self.trained[1]
+
+    @cached_property
+    def sampled(self) -> tuple[float, Vector]:
+        """``J'_S(theta_0)`` and its gradient."""
+        if self.search is self.objective:
+            return self.trained
+        return self._at_start(self.search.value_and_gradient)
+
+    @cached_property
+    def first(self) -> Vector:
+        """The gradient of the tilted objective at theta_0."""
+        return self.full if self.finish else self.own
 
     @cached_property
     def tilt(self) -> Vector:
@@ -73,15 +104,36 @@ class Descent:
         return scaled(self.own, 0.0) if self.finish else combine(self.full, self.own, -1)
 
     def value(self) -> float:
-        """The tilted objective at the model's weights."""
-        return self.objective.value() - dot(self.tilt, combine(self.here(), self.start, -1))
+        """The tilted objective at the model's weights, by the sample; no pass over it where it is known."""
+        here = self.here()
+        if _same(here, self.start):
+            return self.sampled[0]
+        if self._value is None or not _same(here, self._value[0]):
+            moved = combine(here, self.start, -1)
+            error = dot(self.sampled[1], moved) - dot(self.first, moved)
+            self._value = here, self.search.value() - error
+        return self._value[1]
 
     def gradient(self) -> Vector:
-        """Its gradient at the model's weights; no pass over the data where it is known, as at the start."""
+        """Its gradient at the model's weights, exactly; no pass over the data where it is known, as at the start."""
         here = self.here()
-        if self._known is None or not all(torch.equal(here[n], self._known[0][n]) for n in here):
-            self._known = here, combine(self.objective.gradient(), self.tilt, -1)
-        return self._known[1]
+        if _same(here, self.start):
+            return self.first
+        if self._gradient is None or not _same(here, self._gradient[0]):
+            self._gradient = here, combine(self.objective.gradient(), self.tilt, -1)
+        return self._gradient[1]
+
+    def bend(self, direction: Vector) -> float:
+        """``d^T H'_S d`` at theta_0, by the gradient a little further along -d."""
+        size = norm(direction)
+        if size == 0:
+            return 0.0
+        e = 1e-3 * max(norm(self.start), 1e-3) / size
+        here = self.here()
+        self.place(combine(self.start, direction, -e))
+        moved = self.search.gradient()
+        self.place(here)
+        return dot(combine(self.sampled[1], moved, -1), direction) / e
 
     def here(self) -> Vector:
         """The model's weights."""
@@ -102,7 +154,7 @@ class Descent:
             predicted: ``t -> predicted change`` of the tilted objective.
             held_out: whether held-out data may choose t.
         """
-        at, slope = self.here(), dot(gradient, u)
+        at = self.here()
         if not all(bool(torch.isfinite(v).all()) for v in u.values()):
             raise UpweightError("the step is not finite, expected finite numbers -> raise the damping")
         if norm(u) == 0 and norm(gradient) > 0:
@@ -116,7 +168,7 @@ class Descent:
         elif self.held_out is not None and held_out:
             t = self._on_held_out(at, u)
         else:
-            t = self._backtrack(at, u, slope)
+            t = self._backtrack(at, u, predicted)
         if t:
             self.last = at
         self.records.append(
@@ -129,15 +181,19 @@ class Descent:
         )
         return t
 
-    def _backtrack(self, at: Vector, u: Vector, slope: float) -> float:
-        """The longest of u, u/2, u/4, ... that lowers the tilted objective as far as it should."""
+    def _backtrack(self, at: Vector, u: Vector, predicted: Callable[[float], float]) -> float:
+        """The longest of u, u/2, u/4, ... that lowers the tilted objective by a good part of what it should.
+
+        A step beyond where the quadratic model holds may lower the objective too, by little, on the way to a worse
+        model: so that more is asked for here than Armijo's rule does.
+        """
         before = self.value()
         noise = 1e-13 * abs(before)
         for halvings in range(HALVINGS):
             t = 0.5**halvings
             self.place(combine(at, u, t))
             after = self.value()
-            if math.isfinite(after) and after <= before + ARMIJO * t * slope + noise:
+            if math.isfinite(after) and after <= before + TRUSTED * min(predicted(t), 0.0) + noise:
                 return t
         self.place(at)
         return 0.0
@@ -166,16 +222,25 @@ class Descent:
         self.place(combine(at, u, best))
         return best
 
-    def summary(self) -> dict[str, float | None]:
+    def _at_start(self, ask: Callable[[], Any]) -> Any:
+        """What something is at theta_0."""
+        here = self.here()
+        self.place(self.start)
+        try:
+            return ask()
+        finally:
+            self.place(here)
+
+    def summary(self, value: float) -> dict[str, float | None]:
         """Predicted and actual change of the tilted objective over all steps, and the trust ratio.
 
         That is actual over predicted, 1 where the quadratic model is right; None where nothing was predicted of a
         step.
+
+        Args:
+            value: J' at the model's weights, over all of the data.
         """
-        at, after = self.here(), self.value()
-        self.place(self.start)
-        actual = after - self.value()
-        self.place(at)
+        actual = value - self.trained[0] - dot(self.tilt, combine(self.here(), self.start, -1))
         parts = [r["predicted"] for r in self.records]
         if None in parts:
             return {"predicted": None, "actual": actual, "trust_ratio": None}
@@ -185,6 +250,10 @@ class Descent:
             "actual": actual,
             "trust_ratio": actual / predicted if predicted else None,
         }
+
+
+def _same(x: Vector, y: Vector) -> bool:
+    return all(torch.equal(x[name], y[name]) for name in x)
 
 
 def change_gradient(

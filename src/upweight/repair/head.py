@@ -101,6 +101,30 @@ def _watched(tracker: Tracker, task: OutputTask, module: nn.Module, batch: Any) 
     return seen[0].detach(), outputs
 
 
+class _Reached(Exception):  # noqa: N818 - it tells of no error
+    """What a layer sees is known: the rest of the forward pass is not needed."""
+
+
+@torch.no_grad()
+def watched(tracker: Tracker, task: OutputTask, module: nn.Module, batch: Any) -> Tensor | None:
+    """The one tensor that a layer sees of a batch; None if it sees anything else. Nothing after it is computed."""
+    seen: list[Any] = []
+
+    def stop(_: nn.Module, args: Any, named: Any) -> None:
+        seen.append(args[0] if len(args) == 1 and not named else None)
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with tracker.quietly():
+            task.forward(tracker.model, batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen[0].detach() if seen and isinstance(seen[0], Tensor) else None
+
+
 def _check(module: nn.Linear, seen: Tensor, outputs: Tensor, name: str) -> None:
     with torch.no_grad():
         ours = module(seen).reshape(outputs.shape)

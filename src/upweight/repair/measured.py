@@ -62,7 +62,7 @@ def predicted_change(
     first, second = 0.0, 0.0
     bends = True
     for rows in examples.batches(examples.preferred_batch_size or batch_size):
-        found = batch_gradient(tracker, task, rows.batch, examples.ids[rows.start : rows.stop])
+        _, found = batch_gradient(tracker, task, rows.batch, examples.ids[rows.start : rows.stop])
         first += dot(found, {name: u[name] for name in found})
         if not bends:
             continue

@@ -14,6 +14,7 @@ from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.gradients import Tracker
 from upweight.gradients.layers import to_parameters
+from upweight.repair.change import selected
 from upweight.repair.vectors import Vector
 from upweight.task import Task
 
@@ -59,31 +60,51 @@ class Objective:
 
     def gradient(self) -> Vector:
         """The gradient of J."""
-        total = summed_gradient(self.tracker, self.task, self.examples, self.batch_size)
+        return self.value_and_gradient()[1]
+
+    def value_and_gradient(self) -> tuple[float, Vector]:
+        """J and its gradient, in one pass."""
+        loss, total = summed_gradient(self.tracker, self.task, self.examples, self.batch_size)
         penalty = self.penalty_gradient()
-        return {name: g / self.divisor + penalty[name] for name, g in total.items()}
+        gradient = {name: g / self.divisor + penalty[name] for name, g in total.items()}
+        return loss / self.divisor + self.penalty(), gradient
+
+    def sample(self, most: int, seed: int) -> Objective:
+        """The same on at most so many of the examples, drawn by the seed: an estimate of J, without bias."""
+        n = self.examples.n
+        if n <= most:
+            return self
+        drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+        few, share = selected(self.examples, drawn.numpy()), most / n
+        return Objective(self.tracker, self.task, few, share * self.divisor, self.l2, self.batch_size)
 
 
-def summed_gradient(tracker: Tracker, task: Task, examples: Examples, batch_size: int) -> Vector:
-    """``sum_i grad l_i`` over a data set: summed in the model's precision within a batch, in float64 over batches."""
+def summed_gradient(
+    tracker: Tracker, task: Task, examples: Examples, batch_size: int
+) -> tuple[float, Vector]:
+    """``sum_i l_i`` and its gradient: summed in the model's precision within a batch, in float64 over batches."""
+    value = 0.0
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in tracker.parameters.items()}
     for rows in examples.batches(examples.preferred_batch_size or batch_size):
-        found = batch_gradient(tracker, task, rows.batch, examples.ids[rows.start : rows.stop])
+        losses, found = batch_gradient(tracker, task, rows.batch, examples.ids[rows.start : rows.stop])
+        value += float(losses.double().sum())
         for name, g in found.items():
             total[name] += g
-    return total
+    return value, total
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def batch_gradient(tracker: Tracker, task: Task, batch: Any, ids: Sequence[Any]) -> dict[str, Tensor]:
-    """``sum_i grad l_i`` over a batch, for the parameters that its losses depend on."""
+def batch_gradient(
+    tracker: Tracker, task: Task, batch: Any, ids: Sequence[Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses [batch], and the gradient of their sum, for the parameters that they depend on."""
     batch = tracker.move(batch)
     task.check_targets(batch, ids, tracker.output_shape)
     with tracker.quietly():
-        loss = task.train_loss(tracker.model, batch).sum()
+        losses = task.train_loss(tracker.model, batch)
     parameters = tracker.parameters
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    found = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
     named = {name: g for name, g in zip(parameters, found) if g is not None}
     for name, g in named.items():
         if not bool(torch.isfinite(g).all()):
@@ -91,7 +112,7 @@ def batch_gradient(tracker: Tracker, task: Task, batch: Any, ids: Sequence[Any])
                 f"the training objective's gradient in {name} is not finite -> look for exploding losses, or use a "
                 "smaller step_size="
             )
-    return named
+    return losses.detach(), named
 
 
 def losses_of(tracker: Tracker, task: Task, examples: Examples, batch_size: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
@@ -31,7 +32,8 @@ class Options(TypedDict, total=False):
       ``"last_layer"`` (only the last linear layer, to its exact minimum).
     * ``curvature``, ``damping``, ``solver``, ``preconditioner`` (none, unless told so: it seldom pays for one
       right-hand side), ``fisher``, ``draws``, ``parameters``, ``memory``, ``batch_size``,
-      ``seed``, ``progress``: as in `Influence`. ``curvature=None`` is ``"ggn"`` up to 6,000 parameters and
+      ``seed``, ``progress``: as in `Influence`. With `parameters` of an `nn.Sequential`'s later layers alone, what goes
+      into them is computed once. ``curvature=None`` is ``"ggn"`` up to 6,000 parameters and
       ``"ekfac"`` beyond, with ``"newton"`` and the like.
     * ``l2``: the regulariser ``(1/2) sum_j l2_j theta_j^2`` of the training objective (weight decay): one coefficient,
       or {regular expression of parameter names: coefficient}.
@@ -39,10 +41,14 @@ class Options(TypedDict, total=False):
       retraining does; ``"sum"``: still by n, as scikit-learn's penalties have it.
     * ``finish``: also drive to zero what gradient the training itself had left. By default that stays as it is, so that
       a network that was stopped early moves by the change alone.
-    * ``step_size``: times the step; None chooses it (see `upweight.repair.step_size`).
+    * ``step_size``: times the step; None chooses it: the longest that has at least half of the effect which the
+      quadratic model promises, or, with `validation`, the best on it. Where none helps, the model stays as it is, with
+      a warning. A given one is taken as it is.
     * ``steps``: the most steps of an iterated method; 1 for ``"newton"``.
-    * ``batch`` and ``rate``: of ``"fine_tune"``, whose `steps` are passes over the changed data.
+    * ``batch`` and ``rate``: of ``"fine_tune"``, whose `steps` are passes over the changed data (1.5: one and a half).
     * ``curvature_examples``: fit the curvature to this many of the examples, drawn by the seed; None for all.
+    * ``search_examples``: how far to go along a step is decided on at most this many of the training examples, drawn by
+      the seed (without `validation`); the step itself and the change's own gradient are of all of them.
     * ``tolerance``: an iterated method stops where the gradient has fallen to this share of what it was.
     """
 
@@ -58,10 +64,11 @@ class Options(TypedDict, total=False):
     convention: str
     finish: bool
     step_size: float | None
-    steps: int | None
+    steps: float | None
     batch: int
     rate: float
     curvature_examples: int | None
+    search_examples: int
     tolerance: float
     memory: int | str
     batch_size: int | None
@@ -85,10 +92,11 @@ class Settings:
     convention: str = "mean"
     finish: bool = False
     step_size: float | None = None
-    steps: int | None = None
+    steps: float | None = None
     batch: int = 128
     rate: float = 2e-3
     curvature_examples: int | None = None
+    search_examples: int = 2048
     tolerance: float = 1e-8
     memory: int | str = "auto"
     batch_size: int | None = None
@@ -98,7 +106,12 @@ class Settings:
     @property
     def most_steps(self) -> int:
         """Steps at the most."""
-        return DEFAULT_STEPS.get(self.method, 1) if self.steps is None else self.steps
+        return DEFAULT_STEPS.get(self.method, 1) if self.steps is None else int(self.steps)
+
+    @property
+    def passes(self) -> float:
+        """Passes over the data, of ``"fine_tune"``."""
+        return 1.0 if self.steps is None else float(self.steps)
 
 
 def read_options(options: Mapping[str, Any]) -> Settings:
@@ -122,14 +135,25 @@ def read_options(options: Mapping[str, Any]) -> Settings:
         raise UpweightError(
             f"step_size={found.step_size!r}, expected a positive number -> 1 is the whole step"
         )
-    if found.steps is not None and (found.steps < 1 or found.method not in ITERATED):
+    if found.steps is not None and found.method == "fine_tune":
+        if not 0 < found.steps < math.inf:
+            raise UpweightError(
+                f"steps={found.steps} with method='fine_tune', expected a positive number of passes -> 1 is a whole one"
+            )
+    elif found.steps is not None and (
+        found.steps < 1 or found.steps != int(found.steps) or found.method not in ITERATED
+    ):
         raise UpweightError(
-            f"steps={found.steps} with method={found.method!r}, expected at least 1, and an iterated method -> leave "
-            f"it out, or use one of {list(ITERATED)}"
+            f"steps={found.steps} with method={found.method!r}, expected an integer of at least 1, and an iterated "
+            f"method -> leave it out, or use one of {list(ITERATED)}"
         )
     if found.curvature_examples is not None and found.curvature_examples < 1:
         raise UpweightError(
             f"curvature_examples={found.curvature_examples}, expected at least 1 -> leave it out for all of them"
+        )
+    if found.search_examples < 1:
+        raise UpweightError(
+            f"search_examples={found.search_examples}, expected at least 1 -> 2048 is the default"
         )
     if found.batch < 1 or not found.rate > 0:
         raise UpweightError(

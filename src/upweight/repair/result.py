@@ -45,8 +45,10 @@ class Repair:
             * ``residual_gradient_norm`` of the changed objective ``before`` and ``after``, and what the training
               itself had left (``training_left``);
             * ``certificate``: for linear models, the bound on that residual (`upweight.repair.certificate`), or None;
-            * ``steps``, ``solver``, ``parameters``, ``buffers_kept``, ``seconds`` (and ``processor_seconds``, of all
-              threads), ``fingerprints``, ``versions``.
+            * ``seconds`` (and ``processor_seconds``, of all threads) that the new model took; ``evidence_seconds`` (and
+              ``evidence_processor_seconds``) that measuring all of the above took afterwards;
+            * ``search_examples``: on how many training examples the step size was chosen;
+            * ``steps``, ``solver``, ``parameters``, ``buffers_kept``, ``fingerprints``, ``versions``.
     """
 
     model: nn.Module

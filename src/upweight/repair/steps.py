@@ -16,6 +16,7 @@ Models" (arXiv 1911.03030); the damping of a trust region: Levenberg and Marquar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,10 @@ NOTABLE = 1e-3
 """A trust region stops where a step promises less than this share of what was gained so far."""
 EAGER, WARY = 0.75, 0.25
 """Trust ratios above which the damping is halved, and below which it is quadrupled."""
+REFUSALS = 12
+"""Steps that a trust region may refuse in all."""
+STALLED = 0.3
+"""The last layer's curvature is fitted anew where a step leaves more than this share of the gradient."""
 MOMENTUM = 0.9
 
 
@@ -76,7 +81,7 @@ def gradient(problem: Problem) -> dict[str, Any]:
     """A step along the negative gradient, to where the curvature along it says the minimum is."""
     descent = problem.descent
     g = descent.gradient()
-    bend = _bend(descent, g)
+    bend = descent.bend(g)
     t = norm(g) ** 2 / bend if bend > 0 else 1.0
     if problem.settings.step_size is not None:
         t = 1.0  # the user's own tau
@@ -115,7 +120,12 @@ def trust_region(problem: Problem) -> dict[str, Any]:
     descent, settings = problem.descent, problem.settings
     inverse, factor, gained = problem.inverse(), 1.0, 0.0
     value = descent.value()
-    for _ in range(settings.most_steps):
+    taken_steps = 0
+    for _ in range(
+        settings.most_steps + REFUSALS
+    ):  # a refused step costs no gradient, and is none of the steps
+        if taken_steps == settings.most_steps:
+            break
         g = descent.gradient()
         u = scaled(inverse(g, factor), -1)
         predicted = _predicted(inverse, g, u, factor)(1.0)
@@ -128,6 +138,7 @@ def trust_region(problem: Problem) -> dict[str, Any]:
         taken = actual < 0 and ratio > ARMIJO_RATIO
         if taken:
             value, gained, descent.last = value + actual, gained - actual, at
+            taken_steps += 1
         else:
             descent.place(at)
         descent.records.append(
@@ -171,9 +182,10 @@ def fine_tune(problem: Problem) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(settings.seed)
     batches = [
         batch.tolist()
-        for _ in range(settings.most_steps)
+        for _ in range(math.ceil(settings.passes))
         for batch in torch.randperm(after.n, generator=generator).split(settings.batch)
     ]
+    batches = batches[: max(1, round(settings.passes * math.ceil(after.n / settings.batch)))]
     velocity: Vector = scaled(descent.start, 0.0)
     for done, batch in enumerate(batches):
         velocity = combine(inverse(_batch_gradient(problem, batch)), velocity, MOMENTUM)
@@ -191,6 +203,27 @@ def fine_tune(problem: Problem) -> dict[str, Any]:
     return inverse.evidence()
 
 
+def last_layer(problem: Problem) -> dict[str, Any]:
+    """Newton steps to the minimum; the curvature is fitted anew only where the one at hand does not get on."""
+    descent, settings = problem.descent, problem.settings
+    evidence: dict[str, Any] = {}
+    inverse: Inverse | None = None
+    size = start = norm(descent.gradient())
+    for _ in range(settings.most_steps):
+        if size <= settings.tolerance * start:
+            break
+        fresh = inverse is None
+        inverse = inverse or problem.inverse()
+        t = _step(descent, inverse)
+        evidence = inverse.evidence()
+        if t == 0 and fresh:
+            break
+        left = norm(descent.gradient())
+        inverse = None if t == 0 or left > STALLED * size else inverse
+        size = left
+    return evidence
+
+
 METHODS: dict[str, Callable[[Problem], dict[str, Any]]] = {
     "gradient": gradient,
     "influence": influence,
@@ -198,7 +231,7 @@ METHODS: dict[str, Callable[[Problem], dict[str, Any]]] = {
     "trust_region": trust_region,
     "corrected": corrected,
     "fine_tune": fine_tune,
-    "last_layer": newton,  # of the head alone, which `upweight.repair.head` makes a problem of its own
+    "last_layer": last_layer,  # of the head alone, which `upweight.repair.head` makes a problem of its own
 }
 
 
@@ -214,25 +247,12 @@ def _predicted(inverse: Inverse, g: Vector, u: Vector, factor: float = 1.0) -> C
     return lambda t: t * slope + t**2 / 2 * (-slope - damped)
 
 
-def _bend(descent: Descent, g: Vector) -> float:
-    """``g^T H' g``, by the gradient a little further along -g."""
-    at = descent.here()
-    size = norm(g)
-    if size == 0:
-        return 0.0
-    e = 1e-3 * max(norm(at), 1e-3) / size
-    descent.place(combine(at, g, -e))
-    moved = descent.gradient()
-    descent.place(at)
-    return dot(combine(g, moved, -1), g) / e
-
-
 def _batch_gradient(problem: Problem, positions: list[int]) -> Vector:
     """The changed objective's gradient, its sum over the data estimated by a batch."""
     descent, after = problem.descent, problem.after
     objective = descent.objective
     ids = [after.ids[p] for p in positions]
-    total = batch_gradient(objective.tracker, problem.task, after.take(positions), ids)
+    _, total = batch_gradient(objective.tracker, problem.task, after.take(positions), ids)
     share = after.n / len(positions) / objective.divisor
     rest = objective.penalty_gradient()
     return {name: v + share * total[name].double() if name in total else v for name, v in rest.items()}
