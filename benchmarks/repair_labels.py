@@ -133,6 +133,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("repair_labels"))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
+    parser.add_argument(
+        "--methods", nargs="*", default=[""], help="only methods whose name holds one of these"
+    )
     parser.add_argument("--train", action="store_true", help="only fill the bank")
     parser.add_argument("--table", type=Path, nargs="+", help="print what these files hold, and stop")
     arguments = parser.parse_args()
@@ -160,7 +163,8 @@ def main() -> None:
             )
             if arguments.train:
                 continue
-            for method, model, seconds, evidence in attempts(before, images, labels, changes, whole):
+            chosen = {name: m for name, m in METHODS.items() if any(w in name for w in arguments.methods)}
+            for method, model, seconds, evidence in attempts(before, images, labels, changes, whole, chosen):
                 after = accuracy(model, xt, yt)
                 row = {"noise": arguments.noise, "seed": seed, "budget": budget, "changed": len(changes)}
                 row |= {"method": method, "before": start, "retrained": best, "after": after}
@@ -175,11 +179,16 @@ def main() -> None:
 
 
 def attempts(
-    before: nn.Module, images: Noisy, labels: Tensor, changes: dict[int, int], whole: float
+    before: nn.Module,
+    images: Noisy,
+    labels: Tensor,
+    changes: dict[int, int],
+    whole: float,
+    methods: dict[str, dict[str, Any]],
 ) -> Iterator[tuple[str, nn.Module, float, float]]:
     """(method, repaired model, its seconds, those of its evidence) of every method, and of fine-tuning for as long."""
     data = (images.x, images.given)
-    for method, options in METHODS.items():
+    for method, options in methods.items():
         repair = uw.relabel(
             before, uw.Classification(), data, changes, **{"l2": DECAY, "progress": False, **options}
         )

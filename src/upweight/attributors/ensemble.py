@@ -4,8 +4,7 @@
 
 What one trained model says of itself is partly an accident of its seed and of where training stopped; real retraining
 has other accidents. The mean over models, and even over checkpoints of a single run, agrees with it better.
-"Revisiting the Fragility of Influence Functions" (arXiv 2303.12922) and TRAK (arXiv 2303.14186) average over models;
-"Training Data Attribution via Approximate Unrolling" (arXiv 2405.12186) does so over segments of a run.
+TRAK (arXiv 2303.14186) averages over models, SOURCE (arXiv 2405.12186) over segments of a run.
 """
 
 from __future__ import annotations
