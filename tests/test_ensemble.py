@@ -1,5 +1,6 @@
 """The mean over checkpoints: by hand, from files, with evidence, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -43,6 +44,23 @@ def test_it_is_the_mean_of_its_members(tmp_path):
     assert all(torch.equal(before[k], v) for k, v in base.state_dict().items())
     assert scores.info["ensemble"] == 3
     assert len({member["fingerprints"]["model"] for member in scores.info["members"]}) == 3
+
+
+def test_equal_members_count_alike():
+    """A member whose scores are a thousand times larger has no more weight; there is no unit left."""
+    models, query = [network(seed) for seed in (1, 2)], (X[:4], Y[:4])
+    plain = {"checkpoints": models, "method": "ekfac:damping=0.01", "equal": True}
+    method = uw.Ensemble(network(), uw.Classification(), **plain).fit((X, Y))
+    scores = method.attribute(query, per_layer=True)
+    alone = [single(model).attribute(query).values.numpy() for model in models]
+    expected = sum(a / np.sqrt((a**2).mean(1, keepdims=True)) for a in alone) / 2
+    assert np.allclose(scores.values.numpy(), expected, rtol=1e-12)
+    assert scores.unit is None and scores.info["equal"]
+    assert torch.allclose(sum(scores.layers.values()), scores.values, rtol=1e-10, atol=1e-12)
+    with pytest.raises(uw.UpweightError, match="only ranks"):
+        scores.removal_effect([0])
+    with pytest.raises(uw.UpweightError, match="equal=False"):
+        method.self_influence()
 
 
 def test_tiles_on_disk(tmp_path):

@@ -118,6 +118,10 @@ ATTRIBUTORS: dict[str, tuple[Make, set[str]]] = {
         lambda m, t: uw.Ensemble(m, t, checkpoints=nearby(m), method=influence("ekfac")),
         {"damping limit"},
     ),
+    "Ensemble, equal": (
+        lambda m, t: uw.Ensemble(m, t, checkpoints=nearby(m), method=influence("ekfac"), equal=True),
+        {"weight", "damping limit", "self-influence"},
+    ),
     "Ensemble, by name": (
         lambda m, t: uw.Ensemble(m, t, checkpoints=nearby(m), method="grad-dot"),
         {"weight", "damping limit"},

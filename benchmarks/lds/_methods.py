@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,7 +17,7 @@ Data: TypeAlias = "tuple[Tensor, Tensor]"
 
 @dataclass(frozen=True)
 class Explained:
-    """A model of the whole training set, and what a method may know of it."""
+    """A model of the whole training set, and what a method may know of it: a few checkpoints of its run, and many."""
 
     model: nn.Module
     checkpoints: list[Checkpoint]
@@ -27,6 +27,7 @@ class Explained:
     l2: float
     dampings: tuple[float, ...]
     seed: int = 0
+    often: list[Checkpoint] = field(default_factory=list)
 
 
 Method: TypeAlias = Callable[[Explained], Iterator[tuple[str, Any]]]
@@ -66,17 +67,25 @@ def tracin(run: Explained) -> Iterator[tuple[str, Any]]:
     yield "", made.fit(run.train).attribute(run.query)
 
 
-def over_checkpoints(curvature: str, dampings: tuple[float, ...] | None = None, **options: Any) -> Method:
-    """The mean over the run's checkpoints of influence scores, each with its own curvature."""
+def over_checkpoints(
+    curvature: str, dampings: tuple[float, ...] | None = None, equal: bool = False, **options: Any
+) -> Method:
+    """The mean over the run's checkpoints of influence scores, each with its own curvature.
+
+    With `equal` it is over many checkpoints, whose scores of a query count alike: as uw.Ensemble(equal=True).
+    """
 
     def method(run: Explained) -> Iterator[tuple[str, Any]]:
         last = {k: v.clone() for k, v in run.model.state_dict().items()}
         totals: dict[str, np.ndarray] = {}
         try:
-            for state, _ in run.checkpoints:
+            for state, _ in run.often if equal else run.checkpoints:
                 run.model.load_state_dict(state)
                 for choice, scores in influence(curvature, dampings, **options)(run):
-                    totals[choice] = totals.get(choice, 0) + as_array(scores)
+                    values = as_array(scores)
+                    if equal:
+                        values = values / np.sqrt((values**2).mean(1, keepdims=True))
+                    totals[choice] = totals.get(choice, 0) + values
         finally:
             run.model.load_state_dict(last)
         yield from totals.items()

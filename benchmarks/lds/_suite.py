@@ -47,6 +47,7 @@ class Setting:
         dampings: the sweep for the first model.
         few_dampings: the sweep for the others, some of the same; all of them if None.
         checkpoints: epochs after which the run of a model that is explained is kept.
+        often: epochs of more checkpoints, for the methods that average over many.
         once: methods that take too long for more than the first model.
     """
 
@@ -62,6 +63,7 @@ class Setting:
     dampings: tuple[float, ...]
     checkpoints: tuple[int, ...] = ()
     few_dampings: tuple[float, ...] | None = None
+    often: tuple[int, ...] = ()
     once: frozenset[str] = frozenset()
 
     def open_bank(self, folder: Path, count: int, seeds: int, jobs: int = 1) -> uw.RetrainingBank:
@@ -86,9 +88,12 @@ class Setting:
         """The `number`-th model of the whole training set."""
         train, query = self.data()
         seed = FIRST_SEED + number
-        model, kept = self.train(np.arange(len(train[1])), seed, self.checkpoints)
+        epochs = sorted({*self.checkpoints, *self.often})
+        model, kept = self.train(np.arange(len(train[1])), seed, tuple(epochs))
+        found = dict(zip(epochs, kept, strict=True)) if kept else {}
+        few, often = ([found[e] for e in chosen if e in found] for chosen in (self.checkpoints, self.often))
         dampings = self.dampings if number == 0 or self.few_dampings is None else self.few_dampings
-        return Explained(model, kept, self.task, train, query, self.l2, dampings, seed)
+        return Explained(model, few, self.task, train, query, self.l2, dampings, seed, often)
 
 
 # Scores ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _data import Data, grey_images
-from _methods import CLASSIFICATION, influence
+from _methods import CLASSIFICATION, influence, over_checkpoints
 from _suite import Setting, main
 from _training import Checkpoint, sgd
 from torch import nn
@@ -61,7 +61,11 @@ SETTING = Setting(
     network,
     train,
     train_fn,
-    {**CLASSIFICATION, "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(3e-2,))},
+    {
+        **CLASSIFICATION,
+        "EK-FAC, every second epoch, equal weights": over_checkpoints("ekfac", (1e-4,), equal=True),
+        "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(3e-2,)),
+    },
     {
         "recipe": "sgd",
         **RECIPE,
@@ -72,6 +76,7 @@ SETTING = Setting(
     dampings=(1e-5, 1e-4, 1e-3, 5.2e-3, 3e-2),
     few_dampings=(1e-5, 1e-4, 1e-3),
     checkpoints=(3, 6, 10, 13, 17, 20),
+    often=tuple(range(2, 21, 2)),
     once=frozenset({"diagonal", "GGN, exact", "GGN, one sampled label, dual", "empirical Fisher, dual"}),
 )
 

@@ -1,6 +1,6 @@
 """Ensemble: the mean of a method's scores over checkpoints of one run, or over models of several.
 
-    scores[q, i] = (1/T) sum_t scores_t[q, i]
+    scores[q, i] = (1/T) sum_t scores_t[q, i] / c_t[q]        c = 1, or the root mean square over i with equal=True
 
 What one trained model says of itself is partly an accident of its seed and of where training stopped; real retraining
 has other accidents. The mean over models, and even over checkpoints of a single run, agrees with it better.
@@ -29,7 +29,7 @@ class Ensemble:
     """The mean scores of several models of one architecture.
 
     The unit is that of the method: the mean predicted change over these models. Of checkpoints from early in a run that
-    is a change at that time, so take such a mean for its order.
+    is a change at that time, so take such a mean for its order. With `equal` there is no unit.
 
     Args:
         model: a model of the architecture, in eval mode. Nothing on it is changed: checkpoints are loaded into copies.
@@ -38,6 +38,9 @@ class Ensemble:
             read), a model, or a function without arguments that returns a state dict.
         method: what scores each of them: a name as on the command line (``"ekfac"``, ``"ggn:damping=0.01"``), or a
             function ``(model, task) -> attributor``.
+        equal: let all checkpoints count alike for a query, whatever the size of its scores there: each one's are
+            divided by their root mean square over the training examples. Better for checkpoints of one run, whose
+            gradients differ in size (see docs/methods/ensemble.md); such scores only rank.
 
     Cost: the method's, for every checkpoint; all of them stay fitted, each with its copy of the model, so give the
     method a ``memory=`` that fits as many times.
@@ -62,13 +65,14 @@ class Ensemble:
         *,
         checkpoints: Sequence[Checkpoint],
         method: str | Callable[[nn.Module, Task], Any] = "ekfac",
+        equal: bool = False,
     ) -> None:
         if not (isinstance(method, str) or callable(method)):
             raise UpweightError(
                 f"method is {type(method).__name__}, expected a name or a function (model, task) -> attributor -> "
                 "'ekfac' for example"
             )
-        self.model, self.task, self.method = model, task, method
+        self.model, self.task, self.method, self.equal = model, task, method, equal
         self.checkpoints = as_checkpoints(checkpoints)
         self.members: list[Any] = []
         if isinstance(method, str):
@@ -110,7 +114,7 @@ class Ensemble:
             ids: one id per query; positions if None.
 
         Returns:
-            `Scores` [query, train], in the method's unit.
+            `Scores` [query, train], in the method's unit; without one if they are `equal`.
 
         Raises:
             UpweightError: not fitted, or what the method refuses.
@@ -122,19 +126,30 @@ class Ensemble:
         for number, member in enumerate(self.members):
             folder = {} if out is None else {"out": Path(out) / f"checkpoint-{number:04d}"}
             found.append(member.attribute(query, **more, **folder))
+        sizes = [_size(s.values) if self.equal else torch.ones(1) for s in found]
         first: Scores = found[0]
-        layers = {name: _mean([s.layers[name] for s in found]) for name in first.layers or ()}
+        layers = {
+            name: _mean([s.layers[name] / size for s, size in zip(found, sizes, strict=True)])
+            for name in first.layers or ()
+        }
+        values = _mean([s.values / size for s, size in zip(found, sizes, strict=True)])
         info = self._info([s.info for s in found])
-        values = _mean([s.values for s in found])
-        return Scores(values, first.query_ids, first.train_ids, first.unit, info, layers or None)
+        unit = None if self.equal else first.unit
+        return Scores(values, first.query_ids, first.train_ids, unit, info, layers or None)
 
     def self_influence(self) -> SelfInfluence:
         """The mean self-influence of every training example.
 
         Raises:
-            UpweightError: not fitted, or the method has none.
+            UpweightError: not fitted, the method has none, or the members are to count alike: then every query has a
+                scale of its own, and the self-influences of two examples cannot be compared.
         """
         self._ready()
+        if self.equal:
+            raise UpweightError(
+                "self-influence needs one scale for all examples, but equal=True gives every query its own -> "
+                "equal=False"
+            )
         found = [member.self_influence() for member in self.members]
         first: SelfInfluence = found[0]
         info = self._info([s.info for s in found])
@@ -159,7 +174,14 @@ class Ensemble:
             {key: value for key, value in info.items() if last.get(key) != value or key == "fingerprints"}
             for info in infos
         ]
-        return {**last, "method": f"mean of {last['method']}", "ensemble": len(infos), "members": differing}
+        facts = {"ensemble": len(infos), "equal": self.equal, "members": differing}
+        return {**last, "method": f"mean of {last['method']}", **facts}
+
+
+def _size(values: Tensor) -> Tensor:
+    """Root mean square over the training examples, [..., 1]; 1 where all are zero."""
+    size = values.square().mean(-1, keepdim=True).sqrt()
+    return torch.where(size > 0, size, torch.ones_like(size))
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:
