@@ -168,6 +168,15 @@ def test_suggestions_of_the_audit(upweight, place):
         assert code == 2
 
 
+def test_an_audit_that_suggests_nothing(upweight, place):
+    experiment = uw.Experiment.load("images.py:made")
+    table = uw.audit(experiment.model, experiment.task, experiment.train, precision=0.9999, progress=False)
+    assert not table.suggestions()
+    table.save(place / "run")
+    code, _, err = upweight("repair", "images.py:made", "--out", "run")
+    assert code == 2 and "no label passes the audit's threshold" in err
+
+
 def test_errors_are_one_line(upweight, place):
     (place / "bad.csv").write_text("number,class\n1,2\n")
     (place / "short.csv").write_text("id,label\n1\n")

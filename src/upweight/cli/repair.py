@@ -230,6 +230,11 @@ def _wanted(
         from upweight.repair.issue_table import IssueTable
 
         suggested = IssueTable.load(folder, train=bundle.train).suggestions()
+        if not suggested:
+            raise UpweightError(
+                f"nothing to do: in {issues} no label passes the audit's threshold -> decide in upweight explore, say "
+                "what to remove, or audit with a lower --precision"
+            )
         return _Wanted([], _numbered(bundle, suggested), f"the suggestions of {issues}")
     raise UpweightError(
         f"nothing to do: no --remove, no --relabel, and neither decisions.sqlite nor issues.json in {folder} -> "

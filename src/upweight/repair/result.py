@@ -183,22 +183,21 @@ class Repair:
             box=box.SIMPLE_HEAD,
             pad_edge=False,
         )
-        for heading in ("examples", "n", "loss before", "after", "change", "predicted", "accuracy"):
+        for heading in ("examples", "n", "loss", "change", "predicted", "accuracy"):
             table.add_column(heading, justify="left" if heading == "examples" else "right", no_wrap=True)
         for name, group in evidence["groups"].items():
             predicted = group["predicted"] if group["predicted"] is not None else group["first_order"]
             accuracy = (
-                f"{group['accuracy_before']:.1%} -> {group['accuracy_after']:.1%}"
+                f"{100 * group['accuracy_before']:.1f} -> {100 * group['accuracy_after']:.1f} %"
                 if "accuracy_before" in group
                 else ""
             )
             table.add_row(
                 name,
                 f"{group['n']:,}" if group["n"] == group["of"] else f"{group['n']:,} of {group['of']:,}",
-                f"{group['loss_before']:.4g}",
-                f"{group['loss_after']:.4g}",
-                f"{group['actual']:+.4g}",
-                f"{predicted:+.4g}",
+                f"{group['loss_before']:.3g} -> {group['loss_after']:.3g}",
+                f"{group['actual']:+.2g}",
+                f"{predicted:+.2g}",
                 accuracy,
             )
         return table
