@@ -133,6 +133,7 @@ def test_an_indefinite_hessian_gets_more_than_its_negative_curvature():
     found = auto_damping(operator(model, "hessian"))
     assert found.smallest < -1e-3
     assert found.value >= 2 * -found.smallest
+    assert min(found.tried) >= 2 * -found.smallest  # no step is taken where H + damping I is indefinite
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

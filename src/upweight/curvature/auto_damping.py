@@ -90,14 +90,16 @@ def auto_damping(operator: ExactCurvature) -> AutoDamping:
             break
     best = min(tried, key=tried.__getitem__)
     for damping in (best * GRID**0.5, best / GRID**0.5):
-        tried[damping] = objective.after(steps.at(damping))
+        if damping >= low:
+            tried[damping] = objective.after(steps.at(damping))
     value = max(low, float(f"{_refined(tried):.{DIGITS - 1}e}"))
     return AutoDamping(value, objective.before, tried, steps.smallest, objective.size)
 
 
 def _descending(top: float, low: float) -> list[float]:
-    """Powers of `GRID` from `top` down to `low`, the same ones whatever the two are."""
-    first, last = (round(math.log(x, GRID)) for x in (top, low))
+    """Powers of `GRID` from about `top` down to `low`, the same ones whatever the two are."""
+    last = math.ceil(math.log(low, GRID))
+    first = max(last, round(math.log(top, GRID)))
     return [GRID**k for k in range(first, last - 1, -1)]
 
 
