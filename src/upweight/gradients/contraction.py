@@ -39,6 +39,8 @@ TILE_BYTES = 12 << 20
 """Largest temporary of a route: small enough to stay near the processor's caches, large enough for full speed."""
 FORMED_BYTES = 28 << 20
 """The same where gradients are formed for one product: it needs many at a time, in memory that malloc uses again."""
+SEPARABLE_TILE = 768 << 10
+"""Bytes of one term's products in the separable route, of which three are at hand at a time."""
 
 
 @dataclass(frozen=True)
@@ -254,15 +256,17 @@ def _separable(terms: Terms, query: Spectral, train: Factored) -> Tensor:
     """``sum_k <left_q o u_k, left_i> <right_q o w_k, right_i>`` in the eigenbasis, for one position each."""
     left_q, right_q = query.left[0, :, 0], query.right[0, :, 0]
     left_t, right_t = (factor[0, :, 0] for factor in query.basis.rotate(train))
-    out = left_q.new_empty(len(left_q), len(left_t))
-    # All terms of a few queries side by side make two large products; their tile stays in the processor's cache.
-    height, width = max(1, 800 // terms.rank), 256
-    for a in range(0, len(left_q), height):
-        left = (left_q[a : a + height, None] * terms.rows.mT).flatten(0, 1)  # [query * term, R]
-        right = (right_q[a : a + height, None] * terms.cols.mT).flatten(0, 1)
-        for b in range(0, len(left_t), width):
-            product = (left @ left_t[b : b + width].mT).mul_(right @ right_t[b : b + width].mT)
-            out[a : a + height, b : b + width] = product.unflatten(0, (-1, terms.rank)).sum(1)
+    out = left_q.new_zeros(len(left_q), len(left_t))
+    weighted = [
+        (left_q[:, r:] * terms.rows[r:, k], right_q[:, c:] * terms.cols[c:, k])
+        for k, (r, c) in enumerate(terms.starts)
+    ]
+    # A few training examples at a time: their products with all queries stay in the processor's cache.
+    width = max(1, SEPARABLE_TILE // (len(left_q) * out.element_size()))
+    for a in range(0, len(left_t), width):
+        left, right, tile = left_t[a : a + width], right_t[a : a + width], out[:, a : a + width]
+        for (own_left, own_right), (r, c) in zip(weighted, terms.starts, strict=True):
+            tile.addcmul_(own_left @ left[:, r:].mT, own_right @ right[:, c:].mT)
     return out
 
 
