@@ -105,7 +105,7 @@ def forget_the_curvatures_n(patch: pytest.MonkeyPatch) -> None:
     """The curvature of the summed loss beside scores of the mean one."""
     real = fit_module.fit_curvature
 
-    def fit_curvature(kind, layers, source, n, dtype):
+    def fit_curvature(kind, layers, source, n, dtype, keeper=None):
         curvature = real(kind, layers, source, n, dtype)
         scaled = {name: replace(layer, values=layer.values * n) for name, layer in curvature.layers.items()}
         return replace(curvature, layers=scaled)
@@ -149,7 +149,7 @@ def swap_bases(patch: pytest.MonkeyPatch) -> None:
 
 def forget_to_correct(patch: pytest.MonkeyPatch) -> None:
     """EK-FAC with K-FAC's eigenvalues."""
-    patch.setattr(fit_module, "_correct_eigenvalues", lambda fitted, source, n, dtype: fitted)
+    patch.setattr(fit_module, "_correct_eigenvalues", lambda fitted, *_: fitted)
 
 
 MUTATIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...], str]] = {

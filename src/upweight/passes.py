@@ -7,7 +7,7 @@ and on disk if the user gives a cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 
 from upweight.data import Examples, Rows
 from upweight.errors import UpweightError
-from upweight.gradients import Factored, Gradients, Tracker
+from upweight.gradients import Factored, Gradients, Rotated, Tracker
 from upweight.task import FisherKind
 
 Loaded = TypeVar("Loaded")
@@ -143,8 +143,14 @@ class Kept(Generic[Loaded]):
         """Share of the steps that the next walk reads from memory."""
         return len(self._kept) / len(self._bounds) if self._bounds else 0.0
 
+    def replace(self, start: int, change: Callable[[Loaded], Loaded]) -> None:
+        """Keep something else instead of what is kept of the step that begins with this example."""
+        before = self._kept[start]
+        self._kept[start] = change(before)
+        self._used += self.nbytes(self._kept[start]) - self.nbytes(before)
+
     def __iter__(self) -> Iterator[Step[Loaded]]:
-        if self._bounds and len(self._kept) == len(self._bounds):  # the source need not even be read
+        if self.share_in_memory == 1:  # the source need not even be read
             for start, stop in self._bounds:
                 yield Step(start, stop, lambda s=start: self._kept[s])
             return
@@ -163,3 +169,28 @@ class Kept(Generic[Loaded]):
             self._kept[step.start] = loaded
             self._used += size
         return loaded
+
+
+class InEigenbasis:
+    """Keeps training gradients in the eigenbasis of a curvature instead of as factors, once all are in memory.
+
+    EK-FAC's eigenvalues from the empirical Fisher need every training gradient rotated; scores then cost one matrix
+    product, without forming the gradients again.
+
+    Attributes:
+        layers: those that are kept so.
+    """
+
+    def __init__(self, training: Kept[Gradients]) -> None:
+        self.training = training
+        self.layers: frozenset[str] = frozenset()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether all training gradients are in memory."""
+        return self.training.share_in_memory == 1
+
+    def put(self, start: int, blocks: Mapping[str, Rotated]) -> None:
+        """Keep these layers of the step that begins with this example rotated."""
+        self.layers = frozenset(blocks)
+        self.training.replace(start, lambda kept: Gradients({**kept, **blocks}, kept.router))

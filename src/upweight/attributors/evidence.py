@@ -32,7 +32,8 @@ def influence_info(method: Influence, fitted: Fitted) -> dict[str, Any]:
     elif fitted.index is not None:
         stored = {"where": "disk", "precision": "index", **fitted.index.facts}
     elif isinstance(training, Kept) and training.share_in_memory > 0:
-        stored = {"where": "memory", "share": training.share_in_memory}
+        rotated = len(fitted.rotated)
+        stored = {"where": "memory", "share": training.share_in_memory, "layers_in_eigenbasis": rotated}
     return {
         "method": "influence",
         "curvature": method.curvature,

@@ -16,13 +16,15 @@ from upweight.cache import Cache, CachePass, SavedCurvature, shard_examples
 from upweight.curvature import Curvature, fit_curvature
 from upweight.curvature.datainf import DataInfCurvature
 from upweight.curvature.exact import EXACT_KINDS
+from upweight.curvature.operators import Kronecker
 from upweight.curvature.solved import SolvedCurvature
 from upweight.data import Examples, signature
 from upweight.fingerprint import model_fingerprint, model_versions
 from upweight.gradients import Gradients, Tracker
+from upweight.gradients.blocks import Block
 from upweight.gradients.separable import may_separate
 from upweight.index import GradientIndex, check_index_use, probe_positions
-from upweight.passes import EmpiricalPass, FisherPass, Kept, ModelPass, Pass
+from upweight.passes import EmpiricalPass, FisherPass, InEigenbasis, Kept, ModelPass, Pass
 from upweight.progress import progress_bar
 from upweight.task import FisherKind, resolve_fisher
 
@@ -53,6 +55,7 @@ class Fitted:
         example_bytes: bytes of one example's factors.
         sample: gradients of a few examples of the layers that may have a separable route, or None.
         index: whitened training gradients for new queries, or None.
+        rotated: layers whose training gradients are kept in the curvature's eigenbasis.
         fingerprints: of the model and of the training data.
         versions: cheap signs of a changed model.
         signature: form of one training example.
@@ -69,6 +72,7 @@ class Fitted:
     example_bytes: float
     sample: Gradients | None
     index: GradientIndex | None
+    rotated: frozenset[str]
     fingerprints: dict[str, str]
     versions: tuple[tuple[int, int], ...]
     signature: list[str]
@@ -85,6 +89,14 @@ class Fitted:
         if self.index is not None:
             return int(str(self.index.manifest["shard_examples"]))
         return self.training.source.batch_size if isinstance(self.training, CachePass) else self.batch_size
+
+    def into_eigenbasis(self, gradients: Gradients) -> Gradients:
+        """Gradients rotated where the training gradients are, so that they meet without either being formed again."""
+        blocks: dict[str, Block] = {}
+        for name, block in gradients.items():
+            layer = self.curvature.layers[name] if name in self.rotated else None  # type: ignore[union-attr]
+            blocks[name] = layer.rotate(block) if isinstance(layer, Kronecker) else block
+        return Gradients(blocks, gradients.router)
 
 
 def fit_influence(
@@ -120,6 +132,7 @@ def fit_influence(
         manifest = run_manifest(method, tracker, examples)
         saved = SavedCurvature(cache, manifest, first_losses(tracker, examples))
     index = columns = None
+    keeper = None
     if exact is not None:
         curvature, fitted_from = exact, "model"
     elif method.curvature == "datainf":
@@ -127,8 +140,10 @@ def fit_influence(
     else:
         if fisher[0] != "empirical":
             columns = FisherPass(tracker, examples, size, *fisher, method.seed)
+        elif isinstance(training, Kept):
+            keeper = InEigenbasis(training)
         curvature, fitted_from = _fit_curvature(
-            method, tracker, examples, training, fisher, columns, size, saved
+            method, tracker, examples, training, fisher, columns, size, saved, keeper
         )
         if cache is not None and cache.precision == "index":
             index = _build_index(method, tracker, examples, curvature, fisher, cache, example_bytes)
@@ -143,6 +158,7 @@ def fit_influence(
         example_bytes=example_bytes,
         sample=None if index is not None else _sample(method, tracker, examples, probe, size),
         index=index,
+        rotated=keeper.layers if keeper is not None else frozenset(),
         fingerprints={"model": model_fingerprint(method.model), "train": examples.fingerprint()},
         versions=model_versions(method.model),
         signature=signature(examples.take([0])),
@@ -209,6 +225,7 @@ def _fit_curvature(
     columns: FisherPass | None,
     size: int,
     saved: SavedCurvature | None,
+    keeper: InEigenbasis | None,
 ) -> tuple[Curvature, str]:
     kind = fisher[0]
     key = f"{method.curvature}-{kind}-{fisher[1]}-{method.seed}"
@@ -227,7 +244,7 @@ def _fit_curvature(
     total = max(1, passes) * examples.n
     with progress_bar(f"{method.curvature} curvature", total, method.progress) as advance:
         walk = _Walk(source, advance)
-        curvature = fit_curvature(method.curvature, tracker.layers, walk, examples.n, tracker.dtype)
+        curvature = fit_curvature(method.curvature, tracker.layers, walk, examples.n, tracker.dtype, keeper)
     if saved is not None:
         saved.write(key, curvature)
     from_cache = kind == "empirical" and isinstance(training, CachePass) and not lossy

@@ -295,7 +295,8 @@ class Influence(TrainingSetChanges):
         fitted = self._ready()
         size = min(stop - start, batch_size_for(fitted.example_bytes, stop - start, self.memory))
         batches = [range(a, min(a + size, stop)) for a in range(start, stop, size)]
-        gradients = (self._query_gradients(queries, positions) for positions in batches)
+        raw = (self._query_gradients(queries, positions) for positions in batches)
+        gradients = (fitted.into_eigenbasis(g) for g in raw) if fitted.rotated else raw
         if fitted.index is not None:
             return WhitenedQueries.concatenate([fitted.index.query(g) for g in gradients])
         if self.curvature in (*EXACT_KINDS, "datainf"):  # one solve, or one pass, for the whole panel

@@ -27,7 +27,7 @@ from upweight.curvature.operators import (
 from upweight.curvature.sums import Moments, Sum
 from upweight.curvature.windows import Inputs, flat
 from upweight.errors import UpweightError
-from upweight.gradients.blocks import Eigenbasis, Factored
+from upweight.gradients.blocks import Eigenbasis, Factored, Rotated
 from upweight.gradients.contraction import tiles
 from upweight.gradients.gradients import Gradients
 from upweight.gradients.layers import Layer, MatrixLayer, TableLayer
@@ -46,8 +46,26 @@ class FisherSource(Protocol):
         ...
 
 
+class Keeper(Protocol):
+    """Keeps the training gradients rotated where EK-FAC rotates them anyway."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it has room for them: asked once the source was walked for the first time."""
+        ...
+
+    def put(self, start: int, blocks: Mapping[str, Rotated]) -> None:
+        """Take those of the batch that begins with this example, of some layers."""
+        ...
+
+
 def fit_curvature(
-    kind: str, layers: Mapping[str, Layer], source: FisherSource, n: int, dtype: torch.dtype
+    kind: str,
+    layers: Mapping[str, Layer],
+    source: FisherSource,
+    n: int,
+    dtype: torch.dtype,
+    keeper: Keeper | None = None,
 ) -> Curvature:
     """Fit a curvature.
 
@@ -57,6 +75,7 @@ def fit_curvature(
         source: Fisher columns of all n training examples.
         n: number of training examples.
         dtype: dtype of the result.
+        keeper: takes what EK-FAC rotates, if the Fisher's single column is the training gradient.
 
     Returns:
         The curvature. Matrix layers follow `kind`; embedding tables get a diagonal and other vectors an exact block or,
@@ -74,7 +93,7 @@ def fit_curvature(
             sums[name].add([column[name] for column in columns], f"layer {name}, batch from example {start}")
     fitted = {name: sums[name].finish(n, f"layer {name}", dtype) for name in layers}
     if kind == "ekfac":
-        fitted = _correct_eigenvalues(fitted, source, n, dtype)
+        fitted = _correct_eigenvalues(fitted, source, n, dtype, keeper)
     represented = {name: _describe(fitted[name], kind) for name in layers}
     return Curvature(kind, fitted, {"represented": represented})
 
@@ -178,14 +197,26 @@ class _Outer:
 
 
 def _correct_eigenvalues(
-    fitted: Mapping[str, LayerCurvature], source: FisherSource, n: int, dtype: torch.dtype
+    fitted: Mapping[str, LayerCurvature],
+    source: FisherSource,
+    n: int,
+    dtype: torch.dtype,
+    keeper: Keeper | None = None,
 ) -> dict[str, LayerCurvature]:
     """EK-FAC: ``Lambda = (1/n) sum of (Q_B^T G Q_A)^2``, the Fisher's diagonal in K-FAC's eigenbasis."""
     kronecker = {name: layer for name, layer in fitted.items() if isinstance(layer, Kronecker)}
     moments = {name: Sum() for name in kronecker}
-    for _, columns in source:
+    keeper = keeper if keeper is not None and keeper.wanted else None
+    for start, columns in source:
+        rotated: dict[str, Rotated] = {}
         for name, layer in kronecker.items():
-            _add_second_moments(moments[name], layer.basis, [column[name] for column in columns])
+            blocks = [column[name] for column in columns]
+            if keeper is not None and smaller_rotated(blocks[0]):
+                rotated[name] = layer.rotate(blocks[0])
+                blocks = [rotated[name]]
+            _add_second_moments(moments[name], layer.basis, blocks)
+        if keeper is not None:
+            keeper.put(start, rotated)
     out = dict(fitted)
     for name, layer in kronecker.items():
         moment = moments[name].value()
@@ -193,6 +224,14 @@ def _correct_eigenvalues(
         _check_finite(moment, f"layer {name}")
         out[name] = Kronecker(layer.basis, (moment / n).to(dtype))
     return out
+
+
+def smaller_rotated(block: Any) -> bool:
+    """Whether the gradients of several positions take less room formed and rotated than as factors."""
+    if not isinstance(block, Factored) or block.positions == 1:
+        return False
+    rows, cols = block.left().shape[-1], block[:1].right().shape[-1]
+    return len(block) * block.groups * rows * cols * block.pieces[0].rows.element_size() <= block.nbytes
 
 
 def _add_second_moments(moments: Sum, basis: Eigenbasis, blocks: Sequence[Any]) -> None:
@@ -204,6 +243,9 @@ def _add_second_moments(moments: Sum, basis: Eigenbasis, blocks: Sequence[Any]) 
         return
     for part in tiles(first):
         tile = first[part]
+        if isinstance(tile, Rotated):
+            moments.add(basis.grouped(tile.values).square().sum(1))
+            continue
         if not isinstance(tile, Factored):
             for block in blocks:
                 moments.add(rotated_gradients(basis, block[part]).square_().sum(1))

@@ -18,6 +18,7 @@ from upweight.gradients.blocks import (
     Dense,
     Eigenbasis,
     Factored,
+    Rotated,
     Sparse,
     Spectral,
     flatten_groups,
@@ -127,13 +128,18 @@ class Kronecker:
         return self.values
 
     def coordinates(self, block: Block) -> Tensor:
-        return torch.cat(
-            [flatten_groups(rotated_gradients(self.basis, block[part])) for part in tiles(block)]
-        )
+        out = self.values.new_empty(len(block), self.values.numel())
+        for part in tiles(block):
+            rotated_gradients(self.basis, block[part], out=self.basis.grouped(out[part]))
+        return out
 
     def back(self, coordinates: Tensor) -> Tensor:
         """Gradients [batch, numel] with these coordinates [batch, numel]."""
-        return flatten_groups(self.basis.back(self._grouped(coordinates)))
+        return flatten_groups(self.basis.back(self.basis.grouped(coordinates)))
+
+    def rotate(self, block: Block) -> Rotated:
+        """Every gradient in the eigenbasis."""
+        return Rotated(self.coordinates(block), self.basis)
 
     def squares(self, columns: Sequence[Block]) -> Tensor:
         """``sum_c (Q_B^T G_c Q_A)^2`` [batch, numel] of every example: its part of EK-FAC's eigenvalues."""
@@ -159,18 +165,23 @@ class Kronecker:
 
     def precondition(self, block: Block, damping: float) -> Block:
         inverse = damped_inverse(self.values, damping)
+        if isinstance(block, Rotated) and block.basis is self.basis:
+            return Rotated(block.values * inverse.flatten(), self.basis)
         if isinstance(block, Factored) and block.positions == 1:
             return Spectral(*self.basis.rotate(block), self.basis, inverse)
         parts = []
         for part in tiles(
             block
         ):  # several positions: the gradient itself is smaller than its factors' rotation
-            rotated = self.basis.rotate_dense(self._grouped(block[part].dense())).mul_(inverse[:, None])
+            gradients = self.basis.grouped(block[part].dense())
+            rotated = self.basis.rotate_dense(gradients).mul_(inverse[:, None])
             parts.append(flatten_groups(self.basis.back(rotated)))
         return Dense(torch.cat(parts))
 
     def quadratic(self, block: Block, damping: float) -> Tensor:
         inverse = damped_inverse(self.values, damping)
+        if isinstance(block, Rotated) and block.basis is self.basis:
+            return block.values.square() @ inverse.flatten()
         out = []
         for part in tiles(block):
             tile = block[part]
@@ -183,13 +194,13 @@ class Kronecker:
                 )
         return torch.cat(out)
 
-    def _grouped(self, flat: Tensor) -> Tensor:
-        """[batch, numel] as [group, batch, R, C]."""
-        return flat.reshape(-1, *self.values.shape).transpose(0, 1)
-
 
 def rotated_gradients(
-    basis: Eigenbasis, block: Block, right: Tensor | None = None, factors_first: bool | None = None
+    basis: Eigenbasis,
+    block: Block,
+    right: Tensor | None = None,
+    factors_first: bool | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``Q_B^T G Q_A`` [group, batch, R, C], rotating the factors or the gradient, whichever takes fewer operations.
 
@@ -198,16 +209,19 @@ def rotated_gradients(
         block: the gradients.
         right: the block's right factor, rotated before if `factors_first`, where the caller has it already.
         factors_first: which way; decided by the shapes if None.
+        out: where to write them, or None for new memory, which the caller may overwrite.
     """
+    if isinstance(block, Rotated) and block.basis is basis:
+        rotated = basis.grouped(block.values)
+        return rotated.clone() if out is None else out.copy_(rotated)
     if not isinstance(block, Factored):
-        groups, rows, cols = basis.rows.shape[0], basis.rows.shape[-1], basis.cols.shape[-1]
-        return basis.rotate_dense(block.dense().reshape(-1, groups, rows, cols).transpose(0, 1))
+        return basis.rotate_dense(basis.grouped(block.dense()), out)
     if factors_first is None:
         factors_first = rotate_factors_first(block.positions, basis.rows.shape[-1], basis.cols.shape[-1])
     if factors_first:
         right = basis.rotate_inputs(block) if right is None else right
-        return matmul_last(block.left(), basis.rows).mT @ right
-    return basis.rotate_dense(block.left().mT @ (block.right() if right is None else right))
+        return torch.matmul(matmul_last(block.left(), basis.rows).mT, right, out=out)
+    return basis.rotate_dense(block.left().mT @ (block.right() if right is None else right), out)
 
 
 def rotate_factors_first(positions: int, rows: int, cols: int) -> bool:

@@ -3,7 +3,8 @@
 * `Factored`: a weight matrix's gradient as the factors it is made of, ``G_b = sum_t left[b, t] right[b, t]^T``;
 * `Dense`: one vector an example (norms, lone biases, whatever the exact fallback computed, preconditioned queries);
 * `Sparse`: an embedding's gradient as the rows that were looked up;
-* `Spectral`: a preconditioned query in the eigenbasis of a Kronecker-factored curvature.
+* `Rotated`: one vector an example, in the eigenbasis of a Kronecker-factored curvature;
+* `Spectral`: a preconditioned query in such an eigenbasis, as factors.
 
 Every block flattens to the same [batch, parameters] matrix through `dense`, which is what every route is tested
 against.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -189,6 +190,11 @@ class Eigenbasis:
     rows: Tensor
     cols: Tensor
 
+    def grouped(self, flat: Tensor) -> Tensor:
+        """[batch, group * R * C] as [group, batch, R, C]."""
+        groups, rows, cols = self.rows.shape[0], self.rows.shape[-1], self.cols.shape[-1]
+        return flat.reshape(-1, groups, rows, cols).transpose(0, 1)
+
     def rotate(self, block: Factored) -> tuple[Tensor, Tensor]:
         """A gradient's left [group, batch, position, R] and right [.., C] factors in this basis."""
         return matmul_last(block.left(), self.rows), self.rotate_inputs(block)
@@ -203,13 +209,42 @@ class Eigenbasis:
         rotated = torch.baddbmm(self.cols[:, width:], flat, self.cols[:, :width])
         return rotated.reshape(groups, batch, positions, -1)
 
-    def rotate_dense(self, gradients: Tensor) -> Tensor:
+    def rotate_dense(self, gradients: Tensor, out: Tensor | None = None) -> Tensor:
         """``Q_B^T G Q_A`` of gradients [group, batch, R, C]."""
-        return self.rows.mT[:, None] @ (gradients @ self.cols[:, None])
+        return torch.matmul(self.rows.mT[:, None], gradients @ self.cols[:, None], out=out)
 
     def back(self, gradients: Tensor) -> Tensor:
         """``Q_B G Q_A^T`` of gradients [group, batch, R, C]: out of this basis again."""
         return self.rows[:, None] @ (gradients @ self.cols.mT[:, None])
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """``Q_B^T G_b Q_A`` of every example, flat: values [batch, group * R * C].
+
+    Inner products are the same in any orthonormal basis, so two of one basis meet without rotating back.
+    """
+
+    values: Tensor
+    basis: Eigenbasis
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def dense(self) -> Tensor:
+        """[batch, group * R * C], out of the eigenbasis."""
+        return flatten_groups(self.basis.back(self.basis.grouped(self.values)))
+
+    def meets(self, other: object) -> TypeGuard[Rotated]:
+        """Whether the other is in the same basis."""
+        return isinstance(other, Rotated) and other.basis is self.basis
+
+    def __getitem__(self, rows: Rows) -> Rotated:
+        return Rotated(self.values[rows], self.basis)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
 
 
 @dataclass(frozen=True)
@@ -244,7 +279,7 @@ class Spectral:
         return self.left.nbytes + self.right.nbytes
 
 
-Block: TypeAlias = Factored | Dense | Sparse | Spectral
+Block: TypeAlias = Factored | Dense | Sparse | Rotated | Spectral
 
 
 def materialise(left: Tensor, right: Tensor) -> Tensor:
@@ -277,6 +312,8 @@ def cast(block: Block, dtype: torch.dtype) -> Block:
     if isinstance(block, Sparse):
         return replace(block, rows=block.rows.to(dtype))
     basis = Eigenbasis(block.basis.rows.to(dtype), block.basis.cols.to(dtype))
+    if isinstance(block, Rotated):
+        return Rotated(block.values.to(dtype), basis)
     return Spectral(block.left.to(dtype), block.right.to(dtype), basis, block.filter.to(dtype))
 
 
@@ -289,6 +326,8 @@ def concatenate(blocks: Sequence[Block]) -> Block:
         isinstance(first, Dense) or len({type(b) for b in blocks}) > 1
     ):  # a layer that one of the batches does not reach
         return Dense(torch.cat([b.dense() for b in blocks]))
+    if isinstance(first, Rotated):
+        return Rotated(torch.cat([b.values for b in blocks if isinstance(b, Rotated)]), first.basis)
     if isinstance(first, Spectral):
         parts = [b for b in blocks if isinstance(b, Spectral)]
         left = _pad_and_cat([b.left for b in parts], batch_axis=1, position_axis=2)

@@ -9,6 +9,7 @@ route          FLOPs per pair                           takes
 ghost          ``2 Tq Tt (R + C)``                      two factored gradients: never forms a gradient
 dense          ``2 R C`` (+ ``2 T R C`` per example)    anything: forms the gradients once, then one matrix product
 stream         ``2 T R C``                              a dense query against factors: forms no training gradient
+eigenbasis     ``2 R C``                                two gradients that were rotated into one eigenbasis
 separable      ``2 k (R + C)``                          T = 1 under EK-FAC: the spectral filter as a sum of k products
 sparse         ``2 Tq Tt D``                            two embedding gradients: rows that both looked up
 =============  =======================================  ==============================================================
@@ -30,11 +31,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from upweight.gradients.blocks import Block, Dense, Factored, Sparse, Spectral
+from upweight.gradients.blocks import Block, Dense, Factored, Rotated, Sparse, Spectral
 from upweight.gradients.gradients import Gradients
 from upweight.gradients.separable import Terms
 
-Route = Literal["ghost", "dense", "stream", "separable", "sparse"]
+Route = Literal["ghost", "dense", "stream", "eigenbasis", "separable", "sparse"]
 TILE_BYTES = 12 << 20
 """Largest temporary of a route: small enough to stay near the processor's caches, large enough for full speed."""
 FORMED_BYTES = 28 << 20
@@ -124,6 +125,8 @@ class Router:
         """{route: estimated seconds} of the routes that apply."""
         if isinstance(query, Spectral) and self._separable(name, query) and _single(train):
             return {"separable": 0.0}
+        if isinstance(query, Rotated) and query.meets(train):
+            return {"eigenbasis": 0.0}
         if isinstance(query, Sparse) and isinstance(train, Sparse):
             return _sparse_costs(query, train)
         if not isinstance(train, Factored):
@@ -154,6 +157,9 @@ class Router:
         if route == "separable":
             assert isinstance(query, Spectral) and isinstance(train, Factored)
             return _separable(self.terms[name], query, train)
+        if route == "eigenbasis":
+            assert isinstance(query, Rotated) and isinstance(train, Rotated)
+            return query.values @ train.values.mT
         if route == "sparse":
             assert isinstance(query, Sparse) and isinstance(train, Sparse)
             return _sparse(query, train)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from upweight.errors import UpweightError
-from upweight.gradients.blocks import Block, Dense, Rows, cast, concatenate
+from upweight.gradients.blocks import Block, Dense, Rotated, Rows, cast, concatenate
 
 if TYPE_CHECKING:
     from upweight.gradients.contraction import Router
@@ -114,25 +114,26 @@ class Gradients(Mapping[str, Block]):
     def gather(parts: Iterable[Gradients], total: int) -> Gradients:
         """All examples of several batches, `total` of them, in order.
 
-        Dense blocks are written to where they stay as they come, so that no batch is held twice.
+        Dense and rotated blocks are written to where they stay as they come, so that no batch is held twice.
         """
-        placed: dict[str, Tensor] = {}
+        placed: dict[str, Dense | Rotated] = {}
         waiting: dict[str, list[Block]] = {}
         start = 0
         router = None
         for part in parts:
             router = part.router
             for name, block in part.items():
-                if isinstance(block, Dense) and name not in waiting:
+                if isinstance(block, (Dense, Rotated)) and name not in waiting:
                     if name not in placed:
                         if part.batch == total:
                             return part
-                        placed[name] = block.values.new_empty(total, block.values.shape[1])
-                    placed[name][start : start + len(block)] = block.values
+                        room = block.values.new_empty(total, block.values.shape[1])
+                        placed[name] = replace(block, values=room)
+                    placed[name].values[start : start + len(block)] = block.values
                 elif name in placed:
-                    placed[name][start : start + len(block)] = block.dense()
+                    placed[name].values[start : start + len(block)] = block.dense()
                 else:
                     waiting.setdefault(name, []).append(block)
             start += part.batch
         whole: dict[str, Block] = {name: concatenate(blocks) for name, blocks in waiting.items()}
-        return Gradients({**whole, **{name: Dense(values) for name, values in placed.items()}}, router)
+        return Gradients({**whole, **placed}, router)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from upweight.errors import UpweightError
-from upweight.gradients.blocks import Block, Dense, Factored, Piece, Sparse, Spectral
+from upweight.gradients.blocks import Block, Dense, Factored, Piece, Rotated, Sparse, Spectral
 from upweight.gradients.contraction import tiles
 from upweight.gradients.gradients import Gradients
 
@@ -37,6 +37,8 @@ def paired_blocks(a: Block, b: Block) -> Tensor:
         left, right = a.basis.rotate(b)
         left, right = (a.left * left)[:, :, 0], (a.right * right)[:, :, 0]  # [group, batch, .]
         return ((left @ a.filter) * right).sum((0, 2))
+    if isinstance(a, Rotated) and a.meets(b):
+        return (a.values * b.values).sum(1)
     if isinstance(a, Factored) and isinstance(b, Factored) and a.positions == b.positions == 1:
         left, right = (a.left() * b.left()).sum((2, 3)), (a.right() * b.right()).sum((2, 3))
         return (left * right).sum(0)

@@ -158,13 +158,15 @@ def _shortened(
     products = [_products(*side) for side in sides]
     # [beginning, term]: the squared error of one term that begins there on one side.
     errors = [
-        torch.stack([(lost * other).square_().sum((1, 2)) for lost in _left_out(*side)]) / exact.square().sum()
+        torch.stack([(lost * other).square_().sum((1, 2)) for lost in _left_out(*side)])
+        / exact.square().sum()
         for side, other in zip(sides, products[::-1], strict=True)
     ]
     left = (tolerance**2 - terms.error**2) / (2 * terms.rank)
     for share in (left, left / 4, left / 16):
         rows, cols = (
-            _begun(weights, (error <= share).cumprod(0).sum(0)) for (_, _, weights), error in zip(sides, errors, strict=True)
+            _begun(weights, (error <= share).cumprod(0).sum(0))
+            for (_, _, weights), error in zip(sides, errors, strict=True)
         )
         found = (_products(query[0], train[0], rows) * _products(query[1], train[1], cols)).sum(0)
         error = float((found - exact).norm() / exact.norm())
