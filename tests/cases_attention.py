@@ -169,8 +169,12 @@ class Block(nn.Module):
     tokens(6, vocabulary=9),
     "functions",
     loss=per_token,
-    fallback=("place.weight",),
-    how={"table": "factors", "blocks.0.qkv": "factors", "blocks.1.norm2.weight": "affine"},
+    how={
+        "table": "factors",
+        "place": "sparse rows",
+        "blocks.0.qkv": "factors",
+        "blocks.1.norm2.weight": "affine",
+    },
     longer=tokens(4, vocabulary=9),
 )
 def gpt_with_tied_head():

@@ -52,14 +52,59 @@ def embedding_used_twice():
     return Net(forward, table=nn.Embedding(7, 4), out=nn.Linear(4, CLASSES))
 
 
-@case(tokens(6), fallback=("place.weight",), longer=tokens(4))
-def embedding_of_positions():
-    """As in GPT-2: the positions are the same for all examples, so their output has no axis of examples."""
+def positions(place) -> nn.Module:
+    """Positions are the same for all examples, so that what is looked up for them has no axis of examples."""
 
     def forward(m, ids):
-        return m.out((m.table(ids) + m.place(torch.arange(ids.shape[1]))).tanh().cumsum(1)[:, -1])
+        words = m.table(ids)
+        return m.out(place(m, words, torch.arange(ids.shape[1])).tanh().cumsum(1)[:, -1])
 
     return Net(forward, table=nn.Embedding(7, 4), place=nn.Embedding(9, 4), out=nn.Linear(4, CLASSES))
+
+
+def written_over(m, words, at):
+    words = words * 1
+    words += m.place(at[None])
+    return words
+
+
+TABLES = {**SPARSE, "place": "sparse rows"}
+CASES += [
+    Case(
+        f"embedding of positions, {name}",
+        lambda p=place: positions(p),
+        tokens(6),
+        how=TABLES,
+        longer=tokens(4),
+    )
+    for name, place in {
+        "added": lambda m, words, at: words + m.place(at),
+        "added from the left": lambda m, words, at: m.place(at) + words,
+        "with an axis of one": lambda m, words, at: torch.add(words, m.place(at[None])),
+        "reshaped": lambda m, words, at: words + m.place(at).view(1, -1, 4),
+        "expanded": lambda m, words, at: words * 2 + m.place(at)[None].expand(len(words), -1, -1) * 3,
+        "expanded to one": lambda m, words, at: words + m.place(at).expand(1, -1, -1),
+        "written over the words": written_over,
+        "added twice": lambda m, words, at: (lambda p: (words + p).tanh() + p)(m.place(at)),
+        "with time first": lambda m, words, at: (words.transpose(0, 1) + m.place(at)[:, None]).transpose(
+            0, 1
+        ),
+    }.items()
+]
+CASES += [
+    Case(
+        f"embedding of positions, {name}", lambda p=place: positions(p), tokens(6), fallback=("place.weight",)
+    )
+    for name, place in {
+        "cut into heads": lambda m, words, at: words + m.place(at).view(1, -1, 2, 2).flatten(2),
+        "added to others first": lambda m, words, at: words + (m.place(at) + m.place(at + 1)),
+        "multiplied": lambda m, words, at: words * m.place(at),
+        "added and multiplied": lambda m, words, at: (lambda p: (words + p) * p)(m.place(at)),
+        "added with a factor": lambda m, words, at: torch.add(words, m.place(at), alpha=2),
+        "doubled in place": lambda m, words, at: words + m.place(at).mul_(2),
+        "transposed": lambda m, words, at: words + m.place(at).view(2, 3, 4).transpose(0, 1).reshape(6, 4),
+    }.items()
+]
 
 
 @case(tokens(6), fallback=("bag.weight",))

@@ -1,11 +1,13 @@
 """What every test needs: one thread (tests run side by side) and a fixed global random state."""
 
+import os
 import random
 import sys
 
 import numpy as np
 import pytest
 import torch
+from projects import PETS
 
 torch.set_num_threads(1)
 
@@ -35,3 +37,16 @@ def upweight(monkeypatch, capsys):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working folder; what loading experiments does to the interpreter is undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    (tmp_path / "pets.py").write_text(PETS.format(tests=os.path.dirname(__file__)))
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]

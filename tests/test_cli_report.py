@@ -1,6 +1,5 @@
 """`upweight report` and `upweight init`, as typed; and what every verb has in common."""
 
-import csv
 import json
 import os
 import re
@@ -11,33 +10,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from projects import MADE, reviews, table
 from run_folders import everything, images
 
 import upweight as uw
 from upweight.cli.init import VERBS
-
-PETS = """
-import sys
-sys.path.insert(0, {tests!r})
-from run_folders import images
-
-def experiment():
-    return images()
-"""
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty working folder; what loading experiments does to the interpreter is undone."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    (tmp_path / "pets.py").write_text(PETS.format(tests=__file__.rpartition("/")[0]))
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 def test_a_report_of_an_experiment(upweight, place):
@@ -97,42 +74,6 @@ def test_a_report_of_nothing_is_refused(upweight, place, arguments, said):
 
 
 # init ----------------------------------------------------------------------------------------------------------------
-
-
-def photos(place):
-    generator = np.random.default_rng(0)
-    for name, shade in (("dark", 40), ("light", 200)):
-        (place / "photos" / name).mkdir(parents=True)
-        for k in range(12):
-            pixels = generator.integers(shade - 30, shade + 30, (20, 24, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(place / "photos" / name / f"{k}.png")
-    return place / "photos"
-
-
-def table(place, regression=False):
-    generator = np.random.default_rng(0)
-    x = generator.normal(size=(40, 2))
-    value = x @ [2, -1]
-    target = value.round(3) if regression else np.where(value > 0, "yes", "no")
-    with open(place / "houses.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["area", "street", "rooms", "price"])
-        writer.writerows([a, f"street {k}", b, t] for k, ((a, b), t) in enumerate(zip(x, target)))
-    return place / "houses.csv"
-
-
-def reviews(place, labels=("bad", "good")):
-    words = {labels[0]: ["dull", "slow", "poor"], labels[1]: ["bright", "quick", "fine"]}
-    with open(place / "reviews.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for k in range(40):
-            label = labels[k % 2]
-            writer.writerow([f"a {words[label][k % 3]} film, <b>number</b> {k}", label])
-    return place / "reviews.csv"
-
-
-MADE = {"images": photos, "csv": table, "text": reviews, "sklearn": None}
 
 
 @pytest.mark.parametrize("kind", MADE)

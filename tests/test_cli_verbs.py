@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from test_cli_report import MADE, place  # noqa: F401 - a fixture
+from projects import MADE
 
 import upweight as uw
 from upweight.repair import log
@@ -33,14 +33,14 @@ class NotInstalled:
 
 
 @pytest.mark.parametrize("missing", ["gradio", "fastapi"])
-def test_the_explorer_names_the_extra_that_is_missing(upweight, place, monkeypatch, missing):  # noqa: F811
+def test_the_explorer_names_the_extra_that_is_missing(upweight, place, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     code, out, err = upweight("explore", "pets.py:experiment", "--out", "run", "--method", "grad-dot")
     assert (code, out) == (2, "") and "Traceback" not in err
     assert err.splitlines()[-1] == f"error: the explorer needs {missing} -> pip install 'upweight[explore]'"
 
 
-def test_the_other_verbs_need_no_extra(upweight, place, monkeypatch):  # noqa: F811
+def test_the_other_verbs_need_no_extra(upweight, place, monkeypatch):
     for name in EXTRAS:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [NotInstalled(), *sys.meta_path])
@@ -59,7 +59,7 @@ def test_the_other_verbs_need_no_extra(upweight, place, monkeypatch):  # noqa: F
 # gradio makes event loops that it never closes
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", MADE)
-def test_the_loop_is_closed_from_the_command_line(upweight, place, kind, monkeypatch):  # noqa: F811
+def test_the_loop_is_closed_from_the_command_line(upweight, place, kind, monkeypatch):
     """Suspects, a decision in the explorer, and a repaired model in the report, on the files that init writes."""
     pytest.importorskip("gradio", reason="pip install 'upweight[explore]'")
     from upweight.explorer import server

@@ -17,7 +17,8 @@ from networks import QUERIES, N, digits, spearman, trained
 from torch import Tensor
 
 import upweight as uw
-from upweight.budget import PANEL_SHARE
+from upweight.budget import KEEP_SHARE, PANEL_SHARE
+from upweight.passes import ModelPass
 
 SETTINGS = [("mlp", "exact"), ("mlp", "sampled"), ("cnn", "exact"), ("cnn", "sampled"), ("cnn", "empirical")]
 
@@ -66,8 +67,22 @@ def test_memory_budget(network: str, fisher: str):
     """Room for ten queries: several panels, small batches, and next to nothing of the training gradients is kept."""
     parameters = sum(p.numel() for p in trained(network).parameters())
     method = influence(network, fisher, memory=int(10 * 4 * parameters / PANEL_SHARE)).fit(digits()[0])
-    assert 8 <= method._panel_size(QUERIES) <= 12 and method._fitted.batch_size < N
+    assert 8 <= method._panel_size(QUERIES) <= 24 and method._fitted.batch_size < N
     assert_unchanged(method, network, fisher)
+
+
+def test_what_is_kept_gives_way_to_a_pass_less(monkeypatch):
+    """Room for two thirds of the queries in their share, for all of them beside it: one pass instead of nearly two."""
+    parameters = sum(p.numel() for p in trained("cnn").parameters())
+    share = QUERIES * 4 * parameters / (PANEL_SHARE + KEEP_SHARE)
+    method = influence("cnn", "empirical", memory=int(1.2 * share)).fit(digits()[0])
+    training = method._fitted.training
+    assert 0 < training.share_in_memory < 0.5
+    computed = []
+    real = ModelPass._gradients
+    monkeypatch.setattr(ModelPass, "_gradients", lambda *a: computed.append(len(a[2])) or real(*a))
+    assert error(method.attribute(digits()[1]).values, truth("cnn", "empirical")[0]) < 1e-5
+    assert sum(computed) == N and training.share_in_memory == 0
 
 
 @pytest.mark.parametrize(("network", "fisher"), SETTINGS)

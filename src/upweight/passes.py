@@ -143,6 +143,11 @@ class Kept(Generic[Loaded]):
         """Share of the steps that the next walk reads from memory."""
         return len(self._kept) / len(self._bounds) if self._bounds else 0.0
 
+    def release(self) -> None:
+        """Give up what is kept, and keep nothing from now on: its memory is needed for something better."""
+        self._kept.clear()
+        self._used, self.budget = 0, 0
+
     def replace(self, start: int, change: Callable[[Loaded], Loaded]) -> None:
         """Keep something else instead of what is kept of the step that begins with this example."""
         before = self._kept[start]

@@ -26,7 +26,7 @@ from upweight.attributors.exact import check_curvature, solve_evidence, solver_n
 from upweight.attributors.fitted import CALIBRATED, Fitted, first_losses, fit_influence, run_manifest, spread
 from upweight.attributors.functional import FunctionalQueries, functional_gradients, functional_queries
 from upweight.attributors.tiles import WHOLE, ScoreTiles, fill_tiles
-from upweight.budget import PANEL_SHARE, batch_size_for, parse_memory
+from upweight.budget import KEEP_SHARE, PANEL_SHARE, batch_size_for, parse_memory
 from upweight.cache import Cache
 from upweight.curvature import Damping
 from upweight.curvature.damping import DampingLike
@@ -40,6 +40,7 @@ from upweight.gradients import Gradients, Router
 from upweight.gradients.select import ParameterFilter
 from upweight.gradients.separable import find_terms
 from upweight.index import GradientIndex, WhitenedQueries, check_index_use
+from upweight.passes import Kept
 from upweight.progress import progress_bar
 from upweight.scores import Scores, SelfInfluence
 from upweight.task import Task
@@ -330,11 +331,27 @@ class Influence(TrainingSetChanges):
         return explained_by_form(batch, self._ready().signature, work)
 
     def _panel_size(self, queries: int) -> int:
-        """Queries that are held preconditioned at a time: their share of the memory budget."""
+        """Queries that are held preconditioned at a time: their share of the memory budget.
+
+        Every panel costs a pass. Where the training gradients do not fit into memory, the part of them that is kept is
+        given up for larger panels if that leaves fewer passes to compute.
+        """
         fitted = self._ready()
         item = torch.finfo(fitted.dtype).bits // 8
         per_query = sum(layer.numel for layer in fitted.tracker.layers.values()) * item
-        return max(1, min(queries, int(self.memory * PANEL_SHARE / per_query)))
+        panel, larger = (
+            max(1, min(queries, int(self.memory * share / per_query)))
+            for share in (PANEL_SHARE, PANEL_SHARE + KEEP_SHARE)
+        )
+        training = fitted.training
+        if not isinstance(training, Kept):
+            return panel
+        room = self.memory * KEEP_SHARE / (fitted.example_bytes * fitted.examples.n)
+        kept = max(training.share_in_memory, min(1.0, room))
+        if -(-queries // panel) * (1 - kept) <= -(-queries // larger) or kept == 1:
+            return panel
+        training.release()
+        return larger
 
     def _separable_error(
         self, queries: Examples | FunctionalQueries, inverse: Any, router: Router

@@ -6,7 +6,7 @@ taken of the filter *weighted* by how much gradient mass each row and column car
 are enough is decided by the error of the scores on a probe of real gradients, never by a fixed number.
 
 Later terms correct a small rest, to which directions of little mass add nothing that counts. Eigenvectors come in
-ascending order, so such a term begins at a later row and column: about half of the operations are left out. How late
+ascending order, so such a term begins at a later row and column: about a third of the operations are left out. How late
 is decided on the same probe.
 """
 
@@ -34,6 +34,9 @@ SAFETY = 0.75
 """Terms are accepted at this share of the tolerance: queries differ from the training examples of the probe."""
 RANK_SHARE = 0.8
 """Share of the error that leaving out further terms may make; the rest is for where terms begin."""
+BEGINNING_SAFETY = 4
+"""Each beginning may make this many times less error than its share: what it leaves out, directions of little mass in
+the training examples of the probe, holds more of a query that the model does not fit as well."""
 BEGINNINGS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 """Where a term may begin, as shares of all rows or columns."""
 
@@ -162,7 +165,7 @@ def _shortened(
         / exact.square().sum()
         for side, other in zip(sides, products[::-1], strict=True)
     ]
-    left = (tolerance**2 - terms.error**2) / (2 * terms.rank)
+    left = (tolerance**2 - terms.error**2) / (2 * terms.rank) / BEGINNING_SAFETY**2
     for share in (left, left / 4, left / 16):
         rows, cols = (
             _begun(weights, (error <= share).cumprod(0).sum(0))

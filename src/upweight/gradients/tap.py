@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -25,6 +26,19 @@ from torch.overrides import TorchFunctionMode
 from upweight.errors import UpweightError
 from upweight.gradients.operations import Affine, Lookup, Product, parse
 
+_SPREADING = {
+    torch.add,
+    Tensor.add,
+    Tensor.add_,
+    Tensor.__add__,
+    Tensor.__radd__,
+    Tensor.__iadd__,
+    Tensor.expand,
+    Tensor.expand_as,
+    Tensor.broadcast_to,
+    torch.broadcast_to,
+}
+"""Functions whose output has the gradient of an argument that it repeats, not yet summed over the repetitions."""
 _DROPOUTS = {
     F.dropout: 0.5,
     F.dropout1d: 0.5,
@@ -45,6 +59,8 @@ class Use:
         x: the recorded input, None where no tracked weight needs it.
         edge: where the output's gradient passes.
         shape: the output's shape.
+        version: the recorded input's version then.
+        spread: whether the output is the first that repeats a look-up for every example, instead of the look-up's.
     """
 
     operation: Product | Lookup | Affine
@@ -54,6 +70,7 @@ class Use:
     edge: GradientEdge
     shape: tuple[int, ...]
     version: int
+    spread: bool = False
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -74,19 +91,59 @@ class Use:
             )
 
 
+@dataclass
+class Shared:
+    """The output of a look-up, while all examples may have it in common (the embedding of their positions).
+
+    The gradient of such an output is a sum over the examples. Where it is added to something that has them, or expanded
+    to their number, the gradient of the result is each example's own.
+
+    Attributes:
+        output: the output, kept alive so that its id stays its own.
+        version: its version then: it may not be overwritten.
+        ids: the rows looked up, in the shape of the output without its last axis.
+        use: the look-up.
+    """
+
+    output: Tensor
+    version: int
+    ids: Tensor
+    use: Use
+
+    def spread_over(self, shape: Sequence[int]) -> Tensor | None:
+        """The ids in the shape of a tensor [..., width] that repeats the output; None if it cannot."""
+        if not shape or shape[-1] != self.output.shape[-1]:
+            return None
+        rows = torch.Size(shape[:-1])
+        if rows.numel() == self.ids.numel():
+            return self.ids.reshape(rows)
+        try:
+            return self.ids.expand(rows)
+        except RuntimeError:
+            return None
+
+    def is_same(self, other: Tensor) -> bool:
+        """Whether a tensor is the output itself, at most in another shape."""
+        here = other.data_ptr() == self.output.data_ptr() and other.numel() == self.output.numel()
+        return here and other.is_contiguous() and self.output.is_contiguous()
+
+
 class Tap(TorchFunctionMode):
     """Records the uses of `parameters` ({tensor id: name}) during one forward pass.
 
     Attributes:
         uses: recognised calls, in order.
         strangers: {parameter name: function} for parameters that took part in anything else.
+        spread: tables whose look-ups all examples have in common, noted where they are spread over the examples; None
+            while that is not known: then those whose output is repeated.
     """
 
-    def __init__(self, parameters: Mapping[int, str]) -> None:
+    def __init__(self, parameters: Mapping[int, str], spread: frozenset[str] | None = None) -> None:
         super().__init__()
-        self.parameters = parameters
+        self.parameters, self.spread = parameters, spread
         self.uses: list[Use] = []
         self.strangers: dict[str, str] = {}
+        self._shared: dict[int, Shared] = {}
 
     def __torch_function__(
         self,
@@ -109,7 +166,12 @@ class Tap(TorchFunctionMode):
             _refuse_table_options(args, kwargs, self.parameters)
         touched = {self.parameters[id(t)]: t for t in _flat(args, kwargs) if id(t) in self.parameters}
         if not touched:
-            return func(*args, **kwargs)
+            shared = [self._shared[id(t)] for t in _flat(args, kwargs) if id(t) in self._shared]
+            output = func(*args, **kwargs)
+            if isinstance(output, Tensor) and "alpha" not in kwargs:
+                for one in shared:
+                    self._follow(one, func, output)
+            return output
         call = parse(func, args, kwargs)
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor):
@@ -133,7 +195,26 @@ class Tap(TorchFunctionMode):
         )  # shares memory and version counter, drops the graph
         edge = get_gradient_edge(_unviewed(output))
         self.uses.append(Use(call.operation, weight, bias, x, edge, tuple(output.shape), version))
+        if isinstance(call.operation, Lookup) and x is not None and self._may_spread(weight):
+            self._shared[id(output)] = Shared(output, output._version, x, self.uses[-1])
         return output
+
+    def _may_spread(self, weight: str | None) -> bool:
+        return self.spread is None or weight in self.spread
+
+    def _follow(self, shared: Shared, function: Any, output: Tensor) -> None:
+        """Note what becomes of a look-up: the same numbers in another shape, or the first output it is spread over."""
+        ids = shared.spread_over(output.shape)
+        if ids is None or shared.output._version != shared.version:
+            return
+        use = shared.use
+        if function in _SPREADING and (self.spread is not None or output.numel() > shared.output.numel()):
+            edge, shape = get_gradient_edge(_unviewed(output)), tuple(output.shape)
+            self.uses = [one for one in self.uses if one is not use]  # whose edge sums over the examples
+            use = replace(use, x=ids, edge=edge, shape=shape, version=ids._version, spread=True)
+            self.uses.append(use)
+        if shared.is_same(output):  # which may still be spread
+            self._shared[id(output)] = Shared(output, output._version, ids, use)
 
     def _strangers(self, names: Mapping[str, Tensor], function: Any) -> None:
         for name in names:

@@ -83,6 +83,7 @@ class Tracker:
         computes = autocast or self._model_dtype
         self._agreement = lambda oracle: Agreement(oracle, computes)
         self._vectorises = True
+        self._spread: frozenset[str] | None = None
         self._verified = {"loss"}
         with constant_buffers(model):
             self._trace(examples)
@@ -150,7 +151,7 @@ class Tracker:
     def _watch(
         self, batch: Any, scalars: Scalars, seed: int | None = None
     ) -> tuple[Tensor, Tensor | None, Tap]:
-        with self.quietly(seed), Tap(self._names) as tap:
+        with self.quietly(seed), Tap(self._names, self._spread) as tap:
             losses, drawn = scalars(self.model, batch, None)
         return losses, drawn, tap
 
@@ -268,6 +269,7 @@ class Tracker:
         oracle = [autograd(losses[p, 0], self.parameters) for p in (0, 1)]
         self._layout_of, lost = compare_layouts(tap.uses, small.uses)
         self.layers = find_layers(tap.uses, {**tap.strangers, **small.strangers, **lost}, self.parameters)
+        self._spread = frozenset(use.weight for use in tap.uses if use.spread and use.weight)
         placed = [use for use in tap.uses if use.weight not in lost and use.bias not in lost]
         for row in (0, 1):
             self._check_coupling(placed, losses[:, 0], row, ids, larger)

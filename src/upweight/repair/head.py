@@ -101,7 +101,7 @@ def _watched(tracker: Tracker, task: OutputTask, module: nn.Module, batch: Any) 
     return seen[0].detach(), outputs
 
 
-class _Reached(Exception):  # noqa: N818 - it tells of no error
+class _ReachedError(Exception):
     """What a layer sees is known: the rest of the forward pass is not needed."""
 
 
@@ -112,13 +112,13 @@ def watched(tracker: Tracker, task: OutputTask, module: nn.Module, batch: Any) -
 
     def stop(_: nn.Module, args: Any, named: Any) -> None:
         seen.append(args[0] if len(args) == 1 and not named else None)
-        raise _Reached
+        raise _ReachedError
 
     handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with tracker.quietly():
             task.forward(tracker.model, batch)
-    except _Reached:
+    except _ReachedError:
         pass
     finally:
         handle.remove()
