@@ -1,11 +1,12 @@
 """LDS on CIFAR-10: a ResNet-9, 3,072 images to train on, half-subsets x seeds of real retraining.
 
-    UPWEIGHT_DATA=FOLDER python benchmarks/lds/cifar.py thin|narrow|wide [--bank runs/banks/narrow] [--subsets 50 --seeds 2]
+    UPWEIGHT_DATA=FOLDER python benchmarks/lds/cifar.py thin|narrow|wide [--bank FOLDER] [--subsets 50 --seeds 2]
 
 The recipe of the SOURCE and ASTRA papers: SGD with momentum .9 and weight decay 1e-3 (on all parameters), a rate that
 rises linearly to .4 over the first fifth of 25 epochs and falls to 0 again, batches of 512, no augmentation. `wide` has
 the widths 64-128-256-512 of the papers, which takes a GPU; `narrow` has 16-32-64-128 (0.41 M parameters), which
-takes about 150 s of one thread for a half-subset: 100 x 2 of them are a night's run on two cores; `thin` has 8-16-32-64.
+takes about 150 s of one thread for a half-subset, so that 100 x 2 of them are a night's run on two cores; `thin` has
+8-16-32-64.
 """
 
 from __future__ import annotations
