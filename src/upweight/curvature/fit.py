@@ -161,19 +161,24 @@ class _Square:
     """``diag(F) = (1/n) sum of squared gradients``."""
 
     def __init__(self) -> None:
-        self.sum = Sum()
+        self.sum, self.products = Sum(), Sum()
 
     def add(self, columns: Sequence[Any], where: str) -> None:
         for block in columns:
+            if isinstance(block, Factored) and block.positions == 1:
+                # (left^2)^T (right^2): no gradient is ever formed.
+                left, right = (factor[:, :, 0].square() for factor in (block.left(), block.right()))
+                _check_finite(left.sum() + right.sum(), where)
+                self.products.add_product(left, right)
+                continue
             for part in tiles(block):
                 square = block[part].dense().square().sum(0)
                 _check_finite(square.sum(), where)
                 self.sum.add(square)
 
     def finish(self, n: int, where: str, dtype: torch.dtype) -> LayerCurvature:
-        total = self.sum.value()
-        assert total is not None
-        return Diagonal((total / n).to(dtype))
+        parts = [total.flatten() for sums in (self.sum, self.products) if (total := sums.value()) is not None]
+        return Diagonal((torch.stack(parts).sum(0) / n).to(dtype))
 
 
 class _Outer:
