@@ -22,6 +22,14 @@ def single(model: nn.Module) -> uw.Influence:
     return uw.Influence(model, uw.Classification(), damping=1e-2, progress=False).fit((X, Y))
 
 
+def test_its_members_share_the_memory_budget():
+    """All stay fitted at once: together they may keep what one alone may."""
+    made = lambda model, task: uw.Influence(model, task, memory="90MB", progress=False)  # noqa: E731
+    checkpoints = [network(seed) for seed in (1, 2, 3)]
+    method = uw.Ensemble(network(), uw.Classification(), checkpoints=checkpoints, method=made).fit((X, Y))
+    assert [member.memory for member in method.members] == [30 << 20] * 3
+
+
 def test_it_is_the_mean_of_its_members(tmp_path):
     """Of models and of files alike; the model that it is made with is not touched."""
     models = [network(seed) for seed in (1, 2, 3)]

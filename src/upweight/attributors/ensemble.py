@@ -42,8 +42,8 @@ class Ensemble:
             divided by their root mean square over the training examples. Better for checkpoints of one run, whose
             gradients differ in size (see docs/methods/ensemble.md); such scores only rank.
 
-    Cost: the method's, for every checkpoint; all of them stay fitted, each with its copy of the model, so give the
-    method a ``memory=`` that fits as many times.
+    Cost: the method's, for every checkpoint; all of them stay fitted, each with its copy of the model. They share the
+    method's memory budget evenly.
 
     Fails when: the models were trained on different data than is given to `fit`; checkpoints are so early that nothing
     was learned yet.
@@ -93,6 +93,9 @@ class Ensemble:
         """
         self.members = []
         members = [self._member(number) for number in range(len(self.checkpoints))]
+        for member in members:  # each keeps what it learned, all at once
+            if isinstance(getattr(member, "memory", None), int):
+                member.memory = max(1, member.memory // len(members))
         more = {} if ids is None else {"ids": ids}
         self.members = [member.fit(train, **more) for member in members]
         return self
@@ -126,7 +129,7 @@ class Ensemble:
         for number, member in enumerate(self.members):
             folder = {} if out is None else {"out": Path(out) / f"checkpoint-{number:04d}"}
             found.append(member.attribute(query, **more, **folder))
-        sizes = [_size(s.values) if self.equal else torch.ones(1) for s in found]
+        sizes = [_size(s.values) if self.equal else 1.0 for s in found]
         first: Scores = found[0]
         layers = {
             name: _mean([s.layers[name] / size for s, size in zip(found, sizes, strict=True)])
