@@ -36,7 +36,8 @@ SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 LEAST_SPEARMAN = 0.9993
 """Mean rank correlation per query that an index must reach on the probe (0.999 is what is promised of new queries)."""
 PROBE_QUERIES, PROBE_TRAIN = 12, 96
-TILE_ROWS = 64
+TILE_BYTES = 8 << 20
+"""Bytes of the coordinates that are unpacked at a time."""
 _COORDINATES = "coordinates"
 
 
@@ -87,14 +88,18 @@ class WhitenedQueries:
         return parts[0] if len(parts) == 1 else WhitenedQueries(torch.cat([p.blocks for p in parts], 1))
 
     def __matmul__(self, rows: IndexedRows) -> Tensor:
-        """Inner products [query, example], a few examples at a time: the floats they unpack to stay in the cache."""
-        parts = []
-        for a in range(0, len(rows.steps), TILE_ROWS):
-            steps = rows.steps[a : a + TILE_ROWS].to(self.blocks.dtype).unflatten(1, (-1, BLOCK))
-            dots = torch.bmm(self.blocks, steps.permute(1, 2, 0))  # [block, query, example]
-            scale = rows.scale if len(rows.scale) == 1 else rows.scale[a : a + TILE_ROWS]
-            parts.append((dots * scale.mT[:, None]).sum(0))
-        return torch.cat(parts, 1)
+        """Inner products [query, example], a few blocks at a time: the floats they unpack to stay in the cache."""
+        count, queries = len(rows.steps), self.blocks.shape[1]
+        out = self.blocks.new_zeros(queries, count)
+        step = max(1, TILE_BYTES // (count * max(BLOCK, queries) * self.blocks.element_size()))
+        for a in range(0, len(self.blocks), step):
+            columns = rows.steps[:, a * BLOCK : (a + step) * BLOCK]
+            unpacked = columns.to(self.blocks.dtype).unflatten(1, (-1, BLOCK))  # [example, block, coordinate]
+            dots = torch.bmm(self.blocks[a : a + step], unpacked.permute(1, 2, 0))  # [block, query, example]
+            if len(rows.scale) > 1:
+                dots *= rows.scale[:, a : a + step].mT[:, None]
+            out += dots.sum(0)
+        return out
 
 
 class GradientIndex:

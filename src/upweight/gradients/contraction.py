@@ -40,7 +40,7 @@ TILE_BYTES = 12 << 20
 """Largest temporary of a route: small enough to stay near the processor's caches, large enough for full speed."""
 FORMED_BYTES = 28 << 20
 """The same where gradients are formed for one product: it needs many at a time, in memory that malloc uses again."""
-SEPARABLE_TILE = 768 << 10
+SEPARABLE_TILE = 384 << 10
 """Bytes of one term's products in the separable route, of which three are at hand at a time."""
 
 
