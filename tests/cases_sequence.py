@@ -100,6 +100,7 @@ CASES += [
         "added to others first": lambda m, words, at: words + (m.place(at) + m.place(at + 1)),
         "multiplied": lambda m, words, at: words * m.place(at),
         "added and multiplied": lambda m, words, at: (lambda p: (words + p) * p)(m.place(at)),
+        "added and used otherwise": lambda m, words, at: (lambda p: (words + p) * (p + 1))(m.place(at)),
         "added with a factor": lambda m, words, at: torch.add(words, m.place(at), alpha=2),
         "doubled in place": lambda m, words, at: words + m.place(at).mul_(2),
         "transposed": lambda m, words, at: words + m.place(at).view(2, 3, 4).transpose(0, 1).reshape(6, 4),

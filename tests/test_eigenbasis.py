@@ -159,3 +159,15 @@ def test_panels_of_rotated_queries_are_gathered_in_place():
     gathered = Gradients.gather(iter(parts), 9)["layer"]
     assert isinstance(gathered, Rotated) and gathered.basis is layer.basis
     assert torch.equal(gathered.values, whole.values)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_blocks_of_other_bases_are_joined_out_of_all(first: int):
+    """A batch that came in another basis, or in none, must not be read as if it were in the first one's."""
+    gradients = Dense(torch.randn(9, curvature().values.numel(), dtype=torch.float64))
+    forms = [curvature(0).rotate(gradients), curvature(1).rotate(gradients), gradients]
+    order = forms[first:] + forms[:first]
+    parts = [form[3 * k : 3 * k + 3] for k, form in enumerate(order)]
+    assert_same(concatenate(parts).dense(), gradients.values)
+    gathered = Gradients.gather((Gradients({"layer": part}) for part in parts), 9)
+    assert_same(gathered.dense(), gradients.values)

@@ -327,7 +327,10 @@ def concatenate(blocks: Sequence[Block]) -> Block:
     ):  # a layer that one of the batches does not reach
         return Dense(torch.cat([b.dense() for b in blocks]))
     if isinstance(first, Rotated):
-        return Rotated(torch.cat([b.values for b in blocks if isinstance(b, Rotated)]), first.basis)
+        parts = [b.values for b in blocks if first.meets(b)]
+        if len(parts) < len(blocks):  # of several bases
+            return Dense(torch.cat([b.dense() for b in blocks]))
+        return Rotated(torch.cat(parts), first.basis)
     if isinstance(first, Spectral):
         parts = [b for b in blocks if isinstance(b, Spectral)]
         left = _pad_and_cat([b.left for b in parts], batch_axis=1, position_axis=2)

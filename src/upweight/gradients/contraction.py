@@ -40,8 +40,8 @@ TILE_BYTES = 12 << 20
 """Largest temporary of a route: small enough to stay near the processor's caches, large enough for full speed."""
 FORMED_BYTES = 28 << 20
 """The same where gradients are formed for one product: it needs many at a time, in memory that malloc uses again."""
-SEPARABLE_TILE = 384 << 10
-"""Bytes of one term's products in the separable route, of which three are at hand at a time."""
+SEPARABLE_QUERIES, SEPARABLE_TRAIN = 384, 256
+"""Queries and training examples whose products are formed at a time in the separable route."""
 
 
 @dataclass(frozen=True)
@@ -263,16 +263,18 @@ def _separable(terms: Terms, query: Spectral, train: Factored) -> Tensor:
     left_q, right_q = query.left[0, :, 0], query.right[0, :, 0]
     left_t, right_t = (factor[0, :, 0] for factor in query.basis.rotate(train))
     out = left_q.new_zeros(len(left_q), len(left_t))
-    weighted = [
-        (left_q[:, r:] * terms.rows[r:, k], right_q[:, c:] * terms.cols[c:, k])
-        for k, (r, c) in enumerate(terms.starts)
-    ]
-    # A few training examples at a time: their products with all queries stay in the processor's cache.
-    width = max(1, SEPARABLE_TILE // (len(left_q) * out.element_size()))
-    for a in range(0, len(left_t), width):
-        left, right, tile = left_t[a : a + width], right_t[a : a + width], out[:, a : a + width]
-        for (own_left, own_right), (r, c) in zip(weighted, terms.starts, strict=True):
-            tile.addcmul_(own_left @ left[:, r:].mT, own_right @ right[:, c:].mT)
+    # Few queries and few training examples at a time: a term's products of these stay in the processor's cache.
+    for a in range(0, len(left_q), SEPARABLE_QUERIES):
+        queries = slice(a, a + SEPARABLE_QUERIES)
+        weighted = [
+            (left_q[queries, r:] * terms.rows[r:, k], right_q[queries, c:] * terms.cols[c:, k])
+            for k, (r, c) in enumerate(terms.starts)
+        ]
+        for b in range(0, len(left_t), SEPARABLE_TRAIN):
+            train_rows = slice(b, b + SEPARABLE_TRAIN)
+            left, right, tile = left_t[train_rows], right_t[train_rows], out[queries, train_rows]
+            for (own_left, own_right), (r, c) in zip(weighted, terms.starts, strict=True):
+                tile.addcmul_(own_left @ left[:, r:].mT, own_right @ right[:, c:].mT)
     return out
 
 

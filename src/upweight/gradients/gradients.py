@@ -129,9 +129,14 @@ class Gradients(Mapping[str, Block]):
                             return part
                         room = block.values.new_empty(total, block.values.shape[1])
                         placed[name] = replace(block, values=room)
-                    placed[name].values[start : start + len(block)] = block.values
+                    kept = placed[name]
+                    if isinstance(kept, Rotated) and not kept.meets(block):
+                        kept = placed[name] = Dense(kept.dense())
+                    same = isinstance(kept, Rotated) or isinstance(block, Dense)
+                    kept.values[start : start + len(block)] = block.values if same else block.dense()
                 elif name in placed:
-                    placed[name].values[start : start + len(block)] = block.dense()
+                    kept = placed[name] = Dense(placed[name].dense())
+                    kept.values[start : start + len(block)] = block.dense()
                 else:
                     waiting.setdefault(name, []).append(block)
             start += part.batch

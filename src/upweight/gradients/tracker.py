@@ -404,16 +404,22 @@ class Tracker:
 
     def _check_known(self, strangers: Mapping[str, str]) -> None:
         """Raise if a parameter took part in an operation that only the fallback could differentiate."""
-        fallback = {p for layer in self.layers.values() if _is_fallback(layer) for p in layer.parameters}
+        fallback = self._fallbacks()
         for name in strangers:
             if name not in fallback:
                 raise _unseen(name)
+
+    def _fallbacks(self) -> set[str]:
+        """Parameters whose gradients the exact fallback computes."""
+        return {p for layer in self.layers.values() if _is_fallback(layer) for p in layer.parameters}
 
     def _layouts(self, uses: Sequence[Use]) -> list[Layout]:
         seen: dict[Any, int] = {}
         out = []
         for use in uses:
             known = self._layout_of.get(use.key)
+            if known is None and {use.weight, use.bias} <= {None, *self._fallbacks()}:
+                known = [Layout(0)]  # never looked at
             if known is None:
                 raise _unseen(use.name)
             nth = seen.get(use.key, 0)
