@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 import upweight as uw
 from upweight import cache as cache_module
+from upweight import index as index_module
 from upweight.cache import decode, encode
 from upweight.errors import CacheMismatchError, StoreError, UpweightError
 from upweight.gradients import Dense, Factored, Gradients, Sparse
 from upweight.gradients.blocks import Piece
 from upweight.gradients.operations import Patches
+from upweight.index import BLOCK, IndexedRows, WhitenedQueries
 
 PROBES = 272 + 60
 """Examples that a fit looks at to trace the model and to try routes, on top of its passes over the data."""
@@ -130,6 +132,19 @@ def test_a_folder_is_a_tenth_as_large_as_the_gradients(tmp_path, small_shards):
     parameters = sum(p.numel() for p in trained("mlp").parameters())
     influence().fit(train, cache=tmp_path / "mlp")
     assert sum(p.stat().st_size for p in (tmp_path / "mlp" / "parts").iterdir()) < 0.1 * N * 4 * parameters
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 70])
+def test_indexed_rows_give_the_products_of_what_they_hold(rows: int, blocks: int, precision: str, monkeypatch):
+    """Also a last shard of a single row, and more blocks than are unpacked at a time."""
+    monkeypatch.setattr(index_module, "TILE_BYTES", 1)
+    whitened = torch.randn(rows, blocks * BLOCK) * torch.rand(rows, 1).exp() * 100
+    query = torch.randn(5, blocks * BLOCK)
+    held = IndexedRows.rounded(whitened, whitened.square().sum(1), precision)
+    found, exact = WhitenedQueries.of(query) @ held, query @ whitened.T
+    assert float((found - exact).norm() / exact.norm()) < (0.02 if precision == "int8" else 0.01)
 
 
 def test_the_index_keeps_the_ranks_and_says_what_it_leaves_out(tmp_path):

@@ -96,9 +96,8 @@ class WhitenedQueries:
             columns = rows.steps[:, a * BLOCK : (a + step) * BLOCK]
             unpacked = columns.to(self.blocks.dtype).unflatten(1, (-1, BLOCK))  # [example, block, coordinate]
             dots = torch.bmm(self.blocks[a : a + step], unpacked.permute(1, 2, 0))  # [block, query, example]
-            if len(rows.scale) > 1:
-                dots *= rows.scale[:, a : a + step].mT[:, None]
-            out += dots.sum(0)
+            scale = rows.scale if rows.scale.shape[1] == 1 else rows.scale[:, a : a + step]
+            out += dots.mul_(scale.mT[:, None]).sum(0)
         return out
 
 
