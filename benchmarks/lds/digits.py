@@ -87,6 +87,7 @@ SETTING = Setting(
     dampings=DAMPINGS,
     checkpoints=tuple(STEPS * k // 5 for k in range(1, 6)),
     often=tuple(STEPS * k // 10 for k in range(1, 11)),
+    once=frozenset({"GGN, exact, ten checkpoints, equal weights"}),
 )
 
 if __name__ == "__main__":
