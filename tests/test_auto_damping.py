@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import upweight as uw
 from upweight.curvature import auto_damping as module
+from upweight.curvature import evidence_damping as evidence_module
 from upweight.curvature.auto_damping import auto_damping
+from upweight.curvature.evidence_damping import evidence_damping
 from upweight.curvature.exact import ExactCurvature
 from upweight.gradients import Tracker
 
@@ -148,3 +150,43 @@ def test_few_examples_and_no_gradient_give_a_positive_number(n):
         examples = uw.Examples((x[:n], line(x[:n])))
     found = auto_damping(ExactCurvature(Tracker(line, uw.Regression(), examples), examples))
     assert 0 < found.value < math.inf
+
+
+# Fisher matrices of sampled or given labels -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_their_damping_is_that_of_the_highest_evidence(fisher: str, monkeypatch):
+    """The marginal likelihood of the trained weights under N(0, 1 / (n (damping + l2))), maximised densely."""
+    model = trained()
+    H = operator(model, fisher=fisher)
+    values = torch.linalg.eigvalsh(H.product(torch.eye(H.size, dtype=torch.float64))) - L2
+    squared = sum(float(p.detach().square().sum()) for p in model.parameters())
+
+    def minus_evidence(log_precision: float) -> float:
+        x = math.exp(log_precision)
+        return (
+            N * x * squared / 2 - H.size / 2 * math.log(x) + float((values.clamp_min(0) + x).log().sum()) / 2
+        )
+
+    best = math.exp(
+        minimize_scalar(minus_evidence, bounds=(-16, 4), method="bounded", options={"xatol": 1e-9}).x
+    )
+    estimated = evidence_damping(H).value  # by stochastic quadrature
+    monkeypatch.setattr(
+        evidence_module, "lanczos_quadrature", lambda _: (values + L2, torch.ones_like(values))
+    )
+    exact = evidence_damping(H).value
+    assert exact == float(f"{max(best - L2, 1e-3 * L2):.1e}")
+    assert 0.5 * exact < estimated < 2 * exact
+    monkeypatch.undo()
+    method = uw.Influence(model, uw.Classification(), curvature="ggn", fisher=fisher, l2=L2, draws=4)
+    info = method.fit(data()).attribute(data()).info
+    assert info["damping"] == estimated and "MacKay" in info["auto_damping"]["criterion"]
+
+
+def test_where_the_regulariser_is_enough_the_damping_is_next_to_nothing():
+    model = trained()
+    examples = uw.Examples(data())
+    H = ExactCurvature(Tracker(model, uw.Classification(), examples), examples, l2=1.0, fisher="empirical")
+    assert evidence_damping(H).value == pytest.approx(1e-3)

@@ -137,7 +137,9 @@ def test_a_folder_is_a_tenth_as_large_as_the_gradients(tmp_path, small_shards):
 @pytest.mark.parametrize("precision", ["int8", "bf16"])
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("rows", [1, 2, 70])
-def test_indexed_rows_give_the_products_of_what_they_hold(rows: int, blocks: int, precision: str, monkeypatch):
+def test_indexed_rows_give_the_products_of_what_they_hold(
+    rows: int, blocks: int, precision: str, monkeypatch
+):
     """Also a last shard of a single row, and more blocks than are unpacked at a time."""
     monkeypatch.setattr(index_module, "TILE_BYTES", 1)
     whitened = torch.randn(rows, blocks * BLOCK) * torch.rand(rows, 1).exp() * 100

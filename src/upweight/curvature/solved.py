@@ -15,6 +15,7 @@ from upweight.budget import PANEL_SHARE
 from upweight.curvature.auto_damping import auto_damping, top_eigenvalue, trace
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.damping import Damping
+from upweight.curvature.evidence_damping import evidence_damping
 from upweight.curvature.exact import ExactCurvature
 from upweight.curvature.solvers.base import Preconditioner, SolveInfo, Solver
 from upweight.curvature.solvers.direct import Direct
@@ -105,7 +106,8 @@ class SolvedCurvature:
 
     def _resolve(self, damping: Damping) -> float:
         if damping.auto:
-            found = auto_damping(self.operator)
+            objective = self.operator.kind == "hessian" or self.operator.fisher == "exact"
+            found = auto_damping(self.operator) if objective else evidence_damping(self.operator)
             self.info["auto_damping"] = found.summary()
             return found.value
         if damping.relative == "top":
