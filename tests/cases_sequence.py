@@ -68,6 +68,13 @@ def written_over(m, words, at):
     return words
 
 
+def looked_at_without_gradients(m, words, at):
+    place = m.place(at)
+    with torch.no_grad():
+        scale = (words + place).abs().mean((1, 2), keepdim=True)
+    return (words + place) / scale
+
+
 TABLES = {**SPARSE, "place": "sparse rows"}
 CASES += [
     Case(
@@ -85,6 +92,7 @@ CASES += [
         "expanded": lambda m, words, at: words * 2 + m.place(at)[None].expand(len(words), -1, -1) * 3,
         "expanded to one": lambda m, words, at: words + m.place(at).expand(1, -1, -1),
         "written over the words": written_over,
+        "added without gradients, too": looked_at_without_gradients,
         "added twice": lambda m, words, at: (lambda p: (words + p).tanh() + p)(m.place(at)),
         "with time first": lambda m, words, at: (words.transpose(0, 1) + m.place(at)[:, None]).transpose(
             0, 1

@@ -24,7 +24,10 @@ def single(model: nn.Module) -> uw.Influence:
 
 def test_its_members_share_the_memory_budget():
     """All stay fitted at once: together they may keep what one alone may."""
-    made = lambda model, task: uw.Influence(model, task, memory="90MB", progress=False)  # noqa: E731
+
+    def made(model: nn.Module, task: uw.Task) -> uw.Influence:
+        return uw.Influence(model, task, memory="90MB", progress=False)
+
     checkpoints = [network(seed) for seed in (1, 2, 3)]
     method = uw.Ensemble(network(), uw.Classification(), checkpoints=checkpoints, method=made).fit((X, Y))
     assert [member.memory for member in method.members] == [30 << 20] * 3

@@ -55,7 +55,7 @@ class Fitted:
         example_bytes: bytes of one example's factors.
         sample: gradients of a few examples of the layers that may have a separable route, or None.
         index: whitened training gradients for new queries, or None.
-        rotated: layers whose training gradients are kept in the curvature's eigenbasis.
+        rotated: {layer: its curvature} where the training gradients are kept in the curvature's eigenbasis.
         fingerprints: of the model and of the training data.
         versions: cheap signs of a changed model.
         signature: form of one training example.
@@ -72,7 +72,7 @@ class Fitted:
     example_bytes: float
     sample: Gradients | None
     index: GradientIndex | None
-    rotated: frozenset[str]
+    rotated: dict[str, Kronecker]
     fingerprints: dict[str, str]
     versions: tuple[tuple[int, int], ...]
     signature: list[str]
@@ -92,10 +92,8 @@ class Fitted:
 
     def into_eigenbasis(self, gradients: Gradients) -> Gradients:
         """Gradients rotated where the training gradients are, so that they meet without either being formed again."""
-        blocks: dict[str, Block] = {}
-        for name, block in gradients.items():
-            layer = self.curvature.layers[name] if name in self.rotated else None  # type: ignore[union-attr]
-            blocks[name] = layer.rotate(block) if isinstance(layer, Kronecker) else block
+        blocks: dict[str, Block] = dict(gradients)
+        blocks |= {name: layer.rotate(gradients[name]) for name, layer in self.rotated.items()}
         return Gradients(blocks, gradients.router)
 
 
@@ -131,8 +129,8 @@ def fit_influence(
     if cache is not None:
         manifest = run_manifest(method, tracker, examples)
         saved = SavedCurvature(cache, manifest, first_losses(tracker, examples))
-    index = columns = None
-    keeper = None
+    index = columns = keeper = None
+    rotated: dict[str, Kronecker] = {}
     if exact is not None:
         curvature, fitted_from = exact, "model"
     elif method.curvature == "datainf":
@@ -145,6 +143,9 @@ def fit_influence(
         curvature, fitted_from = _fit_curvature(
             method, tracker, examples, training, fisher, columns, size, saved, keeper
         )
+        if keeper is not None:
+            layers = {name: curvature.layers[name] for name in keeper.layers}
+            rotated = {name: layer for name, layer in layers.items() if isinstance(layer, Kronecker)}
         if cache is not None and cache.precision == "index":
             index = _build_index(method, tracker, examples, curvature, fisher, cache, example_bytes)
     return Fitted(
@@ -158,7 +159,7 @@ def fit_influence(
         example_bytes=example_bytes,
         sample=None if index is not None else _sample(method, tracker, examples, probe, size),
         index=index,
-        rotated=keeper.layers if keeper is not None else frozenset(),
+        rotated=rotated,
         fingerprints={"model": model_fingerprint(method.model), "train": examples.fingerprint()},
         versions=model_versions(method.model),
         signature=signature(examples.take([0])),

@@ -205,7 +205,7 @@ class Tap(TorchFunctionMode):
     def _follow(self, shared: Shared, function: Any, output: Tensor) -> None:
         """Note what becomes of a look-up: the same numbers in another shape, or the first output it is spread over."""
         ids = shared.spread_over(output.shape)
-        if ids is None or shared.output._version != shared.version:
+        if ids is None or shared.output._version != shared.version or not output.requires_grad:
             return
         use = shared.use
         if function in _SPREADING and (self.spread is not None or output.numel() > shared.output.numel()):
