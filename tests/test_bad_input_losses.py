@@ -23,7 +23,7 @@ REDUCED = {
     ),
     "one per class": (
         lambda losses: losses[:, None].expand(-1, 3),
-        r"is shape \(2, 3\), expected one number per",
+        r"is shape \(8, 3\), expected one number per",
     ),
     "mean, expanded": (lambda losses: losses.mean().expand(len(losses)), "averaged over the batch"),
     "sum, expanded": (lambda losses: losses.sum().expand(len(losses)), "averaged over the batch"),
@@ -89,7 +89,6 @@ def test_reduced_measurements_are_refused(name):
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
     tracker = track(mlp(), task=Task.from_functions(loss, measure))
-    message = message.replace(r"\(2, 3\)", r"\(8, 3\)")
     with refused(message):
         tracker.query(data(), IDS)
 

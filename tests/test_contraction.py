@@ -287,18 +287,35 @@ def test_separable_error_is_within_the_tolerance(tolerance):
     terms = separate(filter_, eigenvalues, query, train, tolerance)
     assert terms is not None
 
-    def error(query, train) -> float:
-        exact = exact_scores(filter_, query, train)
-        return float((exact_scores(terms.rows @ terms.cols.T, query, train) - exact).norm() / exact.norm())
+    def error(query, train, terms=terms) -> float:
+        found = exact_scores(terms.rows @ terms.cols.T, query, train)
+        return error_of_queries(found, exact_scores(filter_, query, train))
 
     assert error(query, train) == pytest.approx(terms.error, rel=1e-6)
     assert terms.error <= tolerance
     assert error(probe(eigenvalues, 40, 30), probe(eigenvalues, 300, 40)) <= 2 * tolerance  # other examples
     assert terms.rank > 1
     fewer = Terms(terms.rows[:, :-1], terms.cols[:, :-1], 0.0)  # one term fewer would not have done
-    exact = exact_scores(filter_, query, train)
-    shortened = exact_scores(fewer.rows @ fewer.cols.T, query, train)
-    assert float((shortened - exact).norm() / exact.norm()) > RANK_SHARE * tolerance
+    assert error(query, train, fewer) > RANK_SHARE * tolerance
+
+
+def error_of_queries(found: Tensor, exact: Tensor) -> float:
+    """The root mean square of the queries' relative errors."""
+    return float(((found - exact).norm(dim=1) / exact.norm(dim=1)).square().mean().sqrt())
+
+
+def test_a_query_of_large_gradients_does_not_decide_how_many_terms_there_are():
+    """Terms are the same whatever the queries' lengths are, and a query without a gradient is left out."""
+    eigenvalues = spectrum(60, 80)
+    filter_ = 1 / (eigenvalues + 0.1 * eigenvalues.mean())
+    (left, right), train = probe(eigenvalues, 16, 10), probe(eigenvalues, 200, 20)
+    scale = torch.logspace(-4, 4, 16, dtype=torch.float64)[:, None]
+    plain, scaled = (separate(filter_, eigenvalues, (q, right), train, 1e-2) for q in (left, left * scale))
+    assert plain is not None and scaled is not None
+    assert scaled.starts == plain.starts and scaled.error == pytest.approx(plain.error)
+    none = torch.cat([left, torch.zeros_like(left[:4])]), torch.cat([right, right[:4]])
+    with_none = separate(filter_, eigenvalues, none, train, 1e-2)
+    assert with_none is not None and with_none.rank == plain.rank and with_none.error <= plain.error
 
 
 def test_later_terms_begin_later_within_the_tolerance():
@@ -316,8 +333,9 @@ def test_later_terms_begin_later_within_the_tolerance():
     # The route that leaves the zeros out gives what all rows and columns give.
     found = spectral_scores(filter_, query, train, terms)
     assert_equal(found, exact_scores(terms.rows @ terms.cols.T, query, train))
-    exact = exact_scores(filter_, query, train)
-    assert float((found - exact).norm() / exact.norm()) == pytest.approx(terms.error, rel=1e-6)
+    assert error_of_queries(found, exact_scores(filter_, query, train)) == pytest.approx(
+        terms.error, rel=1e-6
+    )
 
 
 def spectral_scores(filter_, query, train, terms) -> Tensor:

@@ -145,18 +145,20 @@ def test_lossy_caches_keep_the_ranks(network: str, fisher: str, precision: str, 
 
 @pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
 def test_tolerance_bounds_the_error_of_approximate_routes(fisher: str):
-    """Measured on a probe of training examples; of other queries it may be somewhat more, and the result says so."""
+    """Found on a probe of training examples, it holds for other queries: of them all, and of the typical one."""
     train, query = digits()
     exact = influence("mlp", fisher, tolerance=0.0).fit(train).attribute(query)
     assert exact.info["separable_error"] is None
     errors = []
-    for tolerance in (1e-2, 1e-3, 1e-4):
+    for tolerance in (3e-2, 1e-2, 1e-3):
         scores = influence("mlp", fisher, tolerance=tolerance).fit(train).attribute(query)
         errors.append(float((scores.values - exact.values).norm() / exact.values.norm()))
-        assert errors[-1] < 3 * tolerance
-        if any("separable" in route for route in scores.info["routes"].values()):
+        each = (scores.values - exact.values).norm(dim=1) / exact.values.norm(dim=1)
+        assert errors[-1] < tolerance and float(each.square().mean().sqrt()) < tolerance
+        if tolerance > 1e-3:  # so small layers may be exact at that
+            assert any("separable" in route for route in scores.info["routes"].values())
             assert 0.1 * errors[-1] < scores.info["separable_error"] < 10 * errors[-1]
-    assert errors[0] > errors[1] > errors[2]
+    assert errors[0] > errors[1] > errors[2] or errors[2] == 0
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

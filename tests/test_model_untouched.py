@@ -153,15 +153,15 @@ def test_an_exception_in_the_loss_passes_and_leaves_the_model_alone(name, error)
 
 def test_an_exception_in_a_layer_leaves_the_model_alone():
     def forward(m, x):
-        if len(x) == N:  # not in the probe
+        if len(x) == 11:  # not in the probe
             raise ZeroDivisionError
         return m.a(x)
 
     case = Case("layer", lambda: Net(forward, a=nn.Linear(4, 3)), normal(4))
-    model, batch = case.build(), case.batch(N)
+    model, batch = case.build(), case.batch(11)
     tracker = Tracker(model, case.task(), Examples(batch))
     with oracles.untouched(model), pytest.raises(ZeroDivisionError):
-        tracker.train(batch, range(N))
+        tracker.train(batch, range(11))
 
 
 def test_an_exception_in_the_backward_pass_leaves_the_model_alone():

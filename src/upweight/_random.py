@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
+from numpy import random as np_random  # here, not on first use: numpy takes a while to load it
 
 
 @contextmanager
@@ -21,17 +21,20 @@ def preserved(devices: Sequence[torch.device] = ()) -> Iterator[None]:
         >>> random.getstate() == before
         True
     """
-    ours, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one is what user code draws from
+    ours, numpys = random.getstate(), np_random.get_state()  # noqa: NPY002 - the global one is what user code draws from
     with torch.random.fork_rng(devices=list(devices)):
         try:
             yield
         finally:
             random.setstate(ours)
-            np.random.set_state(numpys)  # noqa: NPY002
+            np_random.set_state(numpys)  # noqa: NPY002
 
 
 def reseed(seed: int) -> None:
     """Seed every global random state, inside `preserved`."""
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)
+    np_random.seed(seed)  # noqa: NPY002
+    # Not torch.manual_seed: for every kind of accelerator that is not there it makes a note of the whole call stack.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +138,7 @@ def library_versions() -> dict[str, str]:
     return {"upweight": _version(), "torch": torch.__version__, "python": platform.python_version()}
 
 
+@cache
 def _version() -> str:
     try:
         return version("upweight")

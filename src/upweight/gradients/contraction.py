@@ -62,10 +62,10 @@ class Rates:
 @lru_cache(maxsize=8)
 def measured_rates(device: str, dtype: torch.dtype) -> Rates:
     """Rates of one device, measured once in a few milliseconds."""
-    a = torch.ones(384, 384, device=device, dtype=dtype)
+    a = torch.ones(256, 256, device=device, dtype=dtype)
     b = torch.ones(16, 128, 16, device=device, dtype=dtype)
-    c = torch.ones(1 << 20, device=device, dtype=dtype)
-    gemm = 2 * 384**3 / _seconds(lambda: a @ a, device)
+    c = torch.ones(1 << 18, device=device, dtype=dtype)
+    gemm = 2 * 256**3 / _seconds(lambda: a @ a, device)
     batched = 2 * 16 * 128 * 16 * 128 / _seconds(lambda: b @ b.mT, device)
     bandwidth = 3 * c.nbytes / _seconds(lambda: c * c, device)
     return Rates(gemm, batched, bandwidth)
@@ -263,19 +263,29 @@ def _separable(terms: Terms, query: Spectral, train: Factored) -> Tensor:
     left_q, right_q = query.left[0, :, 0], query.right[0, :, 0]
     left_t, right_t = (factor[0, :, 0] for factor in query.basis.rotate(train))
     out = left_q.new_zeros(len(left_q), len(left_t))
-    # Few queries and few training examples at a time: a term's products of these stay in the processor's cache.
+    # Few queries and few training examples at a time: a term's products of these stay in the processor's cache. And the
+    # fewer the queries, the more terms share a matrix product, from the earliest row and column of them.
     for a in range(0, len(left_q), SEPARABLE_QUERIES):
         queries = slice(a, a + SEPARABLE_QUERIES)
-        weighted = [
-            (left_q[queries, r:] * terms.rows[r:, k], right_q[queries, c:] * terms.cols[c:, k])
-            for k, (r, c) in enumerate(terms.starts)
-        ]
+        weighted = list(_weighted(terms, left_q[queries], right_q[queries]))
         for b in range(0, len(left_t), SEPARABLE_TRAIN):
             train_rows = slice(b, b + SEPARABLE_TRAIN)
             left, right, tile = left_t[train_rows], right_t[train_rows], out[queries, train_rows]
-            for (own_left, own_right), (r, c) in zip(weighted, terms.starts, strict=True):
-                tile.addcmul_(own_left @ left[:, r:].mT, own_right @ right[:, c:].mT)
+            for own_left, own_right in weighted:
+                lefts = own_left.flatten(0, 1) @ left[:, -own_left.shape[2] :].mT
+                rights = own_right.flatten(0, 1) @ right[:, -own_right.shape[2] :].mT
+                for one in range(0, len(lefts), len(tile)):
+                    tile.addcmul_(lefts[one : one + len(tile)], rights[one : one + len(tile)])
     return out
+
+
+def _weighted(terms: Terms, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """``left o u_k`` and ``right o w_k`` [terms, query, rows or columns from the first that is not zero]."""
+    at_a_time = max(1, SEPARABLE_QUERIES // len(left))
+    for k in range(0, terms.rank, at_a_time):
+        few = slice(k, k + at_a_time)
+        r, c = (min(starts) for starts in zip(*terms.starts[few], strict=True))
+        yield left[:, r:] * terms.rows[r:, few].mT[:, None], right[:, c:] * terms.cols[c:, few].mT[:, None]
 
 
 def _sparse_costs(query: Sparse, train: Sparse) -> dict[Route, float]:

@@ -17,6 +17,7 @@ from upweight.task import Task
 
 CANDIDATES = 16
 """The probe is the two of the first examples with the largest losses: at a loss of zero nothing can be verified."""
+AT_A_TIME = 8
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ def pick_probe(
     shape: tuple[int, ...] | None = None
     sizes: list[float] = []
     candidates = min(examples.alike, CANDIDATES)
-    for start in range(0, candidates, 2):
-        pair = [start, min(start + 1, candidates - 1)]
-        ids = [examples.ids[p] for p in pair]
-        batch = move(examples.take(pair))
+    for start in range(0, candidates, AT_A_TIME):
+        # Two at least, of which the second may repeat: a single example could hide a loss that is averaged.
+        few = list(range(start, min(start + AT_A_TIME, candidates)))
+        few = few if len(few) > 1 else few * 2
+        ids = [examples.ids[p] for p in few]
+        batch = move(examples.take(few))
         with (
             torch.no_grad(),
             Tap(names),
@@ -61,9 +64,9 @@ def pick_probe(
                 shape = task.output_shape(model, batch)
             task.check_targets(batch, ids, shape)
             losses = task.train_loss(model, batch)[..., None]
-        check_per_example(losses, 2)
+        check_per_example(losses, len(few))
         check_finite(losses, ids, batch)
-        sizes += losses[: pair[1] - start + 1, 0].abs().tolist()
+        sizes += losses[: candidates - start, 0].abs().tolist()
     order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
     return (order[0], order[min(1, len(order) - 1)]), shape
 

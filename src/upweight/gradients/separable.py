@@ -30,20 +30,18 @@ if TYPE_CHECKING:
 PROBE_QUERIES = 16
 FEWEST_TERMS = 8
 """Layers whose exact route costs as little as this many terms are not worth a probe."""
-SAFETY = 0.75
-"""Terms are accepted at this share of the tolerance: queries differ from the training examples of the probe."""
+NO_GRADIENT = 1e-9
+"""Probe queries whose scores are this small beside the largest have nothing to be measured by."""
 RANK_SHARE = 0.8
 """Share of the error that leaving out further terms may make; the rest is for where terms begin."""
-BEGINNING_SAFETY = 4
-"""Each beginning may make this many times less error than its share: what it leaves out, directions of little mass in
-the training examples of the probe, holds more of a query that the model does not fit as well."""
+TERMS_AT_A_TIME = 8
 BEGINNINGS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 """Where a term may begin, as shares of all rows or columns."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """``filter ~= rows @ cols.T``: rows [R, k], cols [C, k], accepted at this relative error of the probe's scores."""
+    """``filter ~= rows @ cols.T``: rows [R, k], cols [C, k], accepted at this error of scores (see `separate`)."""
 
     rows: Tensor
     cols: Tensor
@@ -64,15 +62,17 @@ class Terms:
 def find_terms(inverse: Inverse, sample: Gradients, tolerance: float) -> dict[str, Terms]:
     """Separable terms of every layer of a sample of training gradients that has them within the tolerance.
 
-    Sixteen evenly spaced examples of the sample stand in for queries, the others for training examples.
+    Sixteen evenly spaced examples of the sample stand in for queries, the others for training examples: with itself
+    an example scores far higher than with any other, and little else would be measured.
 
     Args:
         inverse: the damped inverse curvature.
         sample: gradients of a few hundred training examples, of layers with one position an example.
         tolerance: largest relative error of a layer's scores.
     """
-    n = sample.batch
-    stride = max(1, n // PROBE_QUERIES)
+    positions = torch.arange(sample.batch)
+    asked = positions[:: max(1, sample.batch // PROBE_QUERIES)][:PROBE_QUERIES]
+    others = positions[~torch.isin(positions, asked)]
     found: dict[str, Terms] = {}
     for name, block in sample.items():
         curvature = inverse.curvature.layers[name]
@@ -80,9 +80,9 @@ def find_terms(inverse: Inverse, sample: Gradients, tolerance: float) -> dict[st
         if not isinstance(block, Factored) or not isinstance(preconditioned, Spectral) or block.groups > 1:
             continue
         left, right = preconditioned.left[0, :, 0], preconditioned.right[0, :, 0]
-        query = left[::stride][:PROBE_QUERIES], right[::stride][:PROBE_QUERIES]
+        query, train = (left[asked], right[asked]), (left[others], right[others])
         spectral_filter, eigenvalues = preconditioned.filter[0], curvature.eigenvalues[0]
-        terms = separate(spectral_filter, eigenvalues, query, (left, right), tolerance * SAFETY)
+        terms = separate(spectral_filter, eigenvalues, query, train, tolerance)
         if terms is not None:
             found[name] = terms
     return found
@@ -108,14 +108,17 @@ def separate(
     train: tuple[Tensor, Tensor],
     tolerance: float,
 ) -> Terms | None:
-    """The fewest and shortest terms whose probe scores are within `tolerance` (relative, Frobenius) of the exact ones.
+    """The fewest and shortest terms whose probe scores are within `tolerance` of the exact ones.
+
+    The error is relative to a query's own scores, and of these the root mean square: otherwise the one or two queries
+    of the largest loss would decide alone.
 
     Args:
         spectral_filter: [R, C], ``1 / (eigenvalue + damping)``.
         eigenvalues: [R, C], for the weights.
         query: probe queries' left [q, R] and right [q, C] factors in the eigenbasis.
         train: probe training examples' factors [n, R] and [n, C].
-        tolerance: largest relative error; 0 asks for the exact route.
+        tolerance: largest error; 0 asks for the exact route.
 
     Returns:
         The terms, or None where no number of them is both accurate enough and cheaper than the exact route.
@@ -131,17 +134,26 @@ def separate(
     w = right.mT / col_weight[:, None]
     (left_q, right_q), (left_t, right_t) = query, train
     exact = exact_scores(spectral_filter, query, train)
-    norm = exact.norm()
-    if not norm > 0:
+    sizes = exact.norm(dim=1, keepdim=True)
+    if not sizes.max() > 0:
         return Terms(u[:, :1], w[:, :1], 0.0)
-    remaining = exact.clone()
-    for k in range(min(most, len(values))):
-        remaining -= ((left_q * u[:, k]) @ left_t.mT) * ((right_q * w[:, k]) @ right_t.mT)
-        error = float(remaining.norm() / norm)
-        if error <= RANK_SHARE * tolerance:
-            terms = Terms(u[:, : k + 1].contiguous(), w[:, : k + 1].contiguous(), error)
+    each = torch.where(sizes > NO_GRADIENT * sizes.max(), 1 / sizes, 0)
+    exact, left_q = exact * each, left_q * each
+    norm = exact.norm()
+    found = torch.zeros_like(exact)
+    longest = min(most, len(values))
+    for start in range(0, longest, TERMS_AT_A_TIME):
+        few = slice(start, min(start + TERMS_AT_A_TIME, longest))
+        products = _products(left_q, left_t, u[:, few]).mul_(_products(right_q, right_t, w[:, few]))
+        partial = products.cumsum_(0).add_(found)  # scores by one term more each
+        found = partial[-1]
+        errors = (partial - exact).flatten(1).norm(dim=1) / norm
+        enough = (errors <= RANK_SHARE * tolerance).nonzero()
+        if len(enough):
+            k = start + int(enough[0, 0]) + 1
+            terms = Terms(u[:, :k].contiguous(), w[:, :k].contiguous(), float(errors[k - 1 - start]))
             # A single term is a product filter (K-FAC's, the identity's) and exact: it stays so.
-            return terms if k == 0 else _shortened(terms, query, train, exact, tolerance)
+            return terms if k == 1 else _shortened(terms, (left_q, right_q), train, exact, tolerance)
     return None
 
 
@@ -155,7 +167,7 @@ def _shortened(
     """The same terms, each from as late a row and column as the tolerance allows.
 
     The errors of the beginnings are nearly independent, so each may take an equal share of the squared error that is
-    left; if they turn out to add up to more, all take less.
+    left; if they turn out to add up to more, all take less. Scores are scaled as `separate` does.
     """
     sides = ((query[0], train[0], terms.rows), (query[1], train[1], terms.cols))
     products = [_products(*side) for side in sides]
@@ -165,7 +177,7 @@ def _shortened(
         / exact.square().sum()
         for side, other in zip(sides, products[::-1], strict=True)
     ]
-    left = (tolerance**2 - terms.error**2) / (2 * terms.rank) / BEGINNING_SAFETY**2
+    left = (tolerance**2 - terms.error**2) / (2 * terms.rank)
     for share in (left, left / 4, left / 16):
         rows, cols = (
             _begun(weights, (error <= share).cumprod(0).sum(0))
@@ -206,8 +218,9 @@ def exact_scores(
 ) -> Tensor:
     """Scores [q, n] without any approximation, for a few queries: ``left_i^T [filter o left_q right_q^T] right_i``."""
     (left_q, right_q), (left_t, right_t) = query, train
-    filtered = spectral_filter * left_q[:, :, None] * right_q[:, None, :]  # [q, R, C]
-    return ((left_t @ filtered) * right_t).sum(-1)
+    filtered = spectral_filter[:, None] * left_q.mT[:, :, None] * right_q  # [R, q, C]
+    formed = (left_t @ filtered.flatten(1)).unflatten(1, filtered.shape[1:])  # [n, q, C]
+    return (formed @ right_t[:, :, None])[..., 0].mT
 
 
 def _weights(eigenvalues: Tensor, axis: int) -> Tensor:
