@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 KRONECKER = ("kfac", "ekfac")
 CALIBRATED = (*KRONECKER, *EXACT_KINDS)
 """Curvatures whose scores are in the measurement's unit; the others only rank."""
-PROBE_EXAMPLES = 272
-"""Training examples on which separable routes are tried: 16 as queries, the rest as training examples."""
+PROBE_EXAMPLES = 264
+"""Training examples on which separable routes are tried: 8 as queries, the rest as training examples."""
 
 
 @dataclass

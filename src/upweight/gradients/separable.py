@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from upweight.curvature.curvature import Inverse
     from upweight.gradients.gradients import Gradients
 
-PROBE_QUERIES = 16
+PROBE_QUERIES = 8
 FEWEST_TERMS = 8
 """Layers whose exact route costs as little as this many terms are not worth a probe."""
 NO_GRADIENT = 1e-9
@@ -62,7 +62,7 @@ class Terms:
 def find_terms(inverse: Inverse, sample: Gradients, tolerance: float) -> dict[str, Terms]:
     """Separable terms of every layer of a sample of training gradients that has them within the tolerance.
 
-    Sixteen evenly spaced examples of the sample stand in for queries, the others for training examples: with itself
+    A few evenly spaced examples of the sample stand in for queries, the others for training examples: with itself
     an example scores far higher than with any other, and little else would be measured.
 
     Args:
