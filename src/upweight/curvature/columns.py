@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from upweight.gradients import Factored, Gradients
+from upweight.gradients import Gradients
 from upweight.gradients.blocks import Block, cast
 from upweight.gradients.contraction import tiles
 from upweight.passes import Kept, Pass, Step
@@ -96,17 +96,14 @@ class Columns:
 
 
 def combined(block: Block, weights: Tensor) -> Tensor:
-    """``sum_b w_b G_b`` [k, numel], without forming a G_b that is known by its factors."""
+    """``sum_b w_b G_b`` [k, numel] in float64, a tile of examples at a time.
+
+    The gradients are formed: that takes their positions once, and not once for each of the k rows of weights.
+    """
     out: Tensor | None = None
     for rows in tiles(block):
-        part, w = block[rows], weights[:, rows]
-        if isinstance(part, Factored):
-            left, right = part.left().double(), part.right().double()
-            sums = [(left * row[:, None, None]).flatten(1, 2).mT @ right.flatten(1, 2) for row in w]
-            combined = torch.stack([s.flatten() for s in sums])
-        else:
-            combined = w @ cast(part, torch.float64).dense()
-        out = combined if out is None else out + combined
+        part = weights[:, rows] @ cast(block[rows], torch.float64).dense()
+        out = part if out is None else out.add_(part)
     assert out is not None
     return out
 
