@@ -104,6 +104,11 @@ def random_scores(run: Explained) -> Iterator[tuple[str, Any]]:
     yield "", np.random.default_rng(run.seed).standard_normal(shape)
 
 
+def same_class(run: Explained) -> Iterator[tuple[str, Any]]:
+    """One for training examples of the query's class: what counting classes explains, without any influence."""
+    yield "", run.query[1][:, None] == run.train[1][None]
+
+
 def as_array(scores: Any) -> np.ndarray:
     """[query, train] in float64."""
     return scores.values.double().numpy() if isinstance(scores, uw.Scores) else np.asarray(scores, float)
@@ -131,7 +136,11 @@ CURVATURES: dict[str, Method] = {
     "empirical Fisher, dual": influence("ggn", solver="dual", fisher="empirical", l2=True),
     "EK-FAC, mean over checkpoints": over_checkpoints("ekfac"),
 }
-CLASSIFIERS: dict[str, Method] = {"margin": plain("Margin"), "representer points": representer}
+CLASSIFIERS: dict[str, Method] = {
+    "same class": same_class,
+    "margin": plain("Margin"),
+    "representer points": representer,
+}
 
 REGRESSION = {**CONTROLS, **GRADIENTS, **CURVATURES}
 CLASSIFICATION = {**CONTROLS, **CLASSIFIERS, **GRADIENTS, **CURVATURES}
