@@ -7,7 +7,7 @@ rises linearly to .4 over the first fifth of 25 epochs and falls to 0 again, bat
 the widths 64-128-256-512 of the papers, which takes a GPU; `narrow` has 16-32-64-128 (0.41 M parameters), which
 takes about 150 s of one thread for a half-subset, so that 100 x 2 of them are a night's run on two cores; `thin` has
 8-16-32-64 and takes 25 s. A half-subset has three batches of 512, and in 75 steps the thin network learns next to
-nothing (test accuracy .36), so that it is trained for 16 epochs with batches of 64 and a rate of up to .05 (.50, and .98
+nothing (test accuracy .36): it is trained for 16 epochs with batches of 64 and a rate of up to .05 (.50, and .98
 of its own images).
 """
 
