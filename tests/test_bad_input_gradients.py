@@ -159,7 +159,7 @@ def test_a_binary_target_out_of_range_is_named():
 
 def test_regression_targets_of_another_shape_are_refused():
     x, _ = data()
-    with refused(r"outputs have shape \(2, 3\) but targets \(2,\), expected one shape"):
+    with refused(r"outputs have shape \(8, 3\) but targets \(8,\), expected one shape"):
         track(mlp(), (x, torch.randn(N)), Regression())
 
 

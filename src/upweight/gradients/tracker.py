@@ -9,9 +9,8 @@ weight gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 from upweight._random import preserved, reseed
 from upweight.data import Examples, map_tensors
 from upweight.errors import UpweightError
-from upweight.gradients.assemble import block_of, find_layers
-from upweight.gradients.blocks import Block, Dense
 from upweight.gradients.checks import (
     Agreement,
     autograd,
@@ -39,11 +36,11 @@ from upweight.gradients.checks import (
 )
 from upweight.gradients.fallback import Scalars, looped, vmapped
 from upweight.gradients.gradients import Gradients
-from upweight.gradients.layers import Layer, VectorLayer
-from upweight.gradients.operations import Layout
-from upweight.gradients.probe import compare_layouts, measure_coverage, pick_others, pick_probe
+from upweight.gradients.layers import Layer
+from upweight.gradients.probe import measure_coverage, pick_others, pick_probe
 from upweight.gradients.select import ParameterFilter, check_model, check_still_tracked, select_parameters
 from upweight.gradients.tap import Tap, Use
+from upweight.gradients.traced import Traced
 from upweight.task import FisherKind, Task
 
 
@@ -87,6 +84,11 @@ class Tracker:
         self._verified = {"loss"}
         with constant_buffers(model):
             self._trace(examples)
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """{layer name: layer}, in the order of the model's parameters."""
+        return self._traced.layers
 
     # Objectives --------------------------------------------------------------------------------------------------
 
@@ -166,8 +168,8 @@ class Tracker:
         check_per_example(losses, len(ids))
         check_finite(losses.detach(), ids, batch)
         self._check_dependent(losses)
-        self._check_known(tap.strangers)
-        layouts = self._layouts(tap.uses)
+        self._traced.check_known(tap.strangers)
+        layouts = self._traced.layouts(tap.uses)
         fallback = self._fallback_blocks(batch, losses, drawn, scalars, reproducible or drawn is not None)
         out = []
         columns = losses.shape[1]
@@ -178,7 +180,7 @@ class Tracker:
             for name, values in fallback[c].items():
                 if not is_finite(values):
                     refuse_factors(values, ids, batch, name)
-            out.append(self._assemble(tap.uses, deltas, layouts, len(ids), fallback[c]))
+            out.append(self._traced.assemble(tap.uses, deltas, layouts, len(ids), fallback[c]))
         if verify:
             self._verify_objective(losses, out[0], what)
         return out
@@ -201,32 +203,11 @@ class Tracker:
             use.check_unchanged()
         return [d if d is None else d.reshape(use.shape) for d, use in zip(deltas, uses, strict=True)]
 
-    def _assemble(
-        self,
-        uses: Sequence[Use],
-        deltas: Sequence[Tensor | None],
-        layouts: Sequence[Layout],
-        batch: int,
-        fallback: Mapping[str, Tensor],
-    ) -> Gradients:
-        blocks: dict[str, Block] = {}
-        for name, layer in self.layers.items():
-            if name in fallback:
-                blocks[name] = Dense(fallback[name].to(self.dtype))
-                continue
-            mine = [
-                (use, delta, layout)
-                for use, delta, layout in zip(uses, deltas, layouts, strict=True)
-                if delta is not None and (use.weight in layer.parameters or use.bias in layer.parameters)
-            ]
-            blocks[name] = block_of(layer, mine, batch, self.parameters[layer.weight], self.dtype)
-        return Gradients(blocks)
-
     def _fallback_blocks(
         self, batch: Any, losses: Tensor, drawn: Tensor | None, scalars: Scalars, reproducible: bool
     ) -> list[dict[str, Tensor]]:
         """Fallback layers' gradients {name: [batch, numel]}, one dict a column."""
-        names = [name for name, layer in self.layers.items() if _is_fallback(layer)]
+        names = self._traced.fallback_layers()
         if not names:
             return [{} for _ in range(losses.shape[1])]
         parameters = {name: self.parameters[name] for name in names}
@@ -267,15 +248,16 @@ class Tracker:
         self._check_dependent(losses)
         refuse_reentrant(losses)
         oracle = [autograd(losses[p, 0], self.parameters) for p in (0, 1)]
-        self._layout_of, lost = compare_layouts(tap.uses, small.uses)
-        self.layers = find_layers(tap.uses, {**tap.strangers, **small.strangers, **lost}, self.parameters)
+        self._traced = Traced(tap, small, self.parameters, self.dtype)
         self._spread = frozenset(use.weight for use in tap.uses if use.spread and use.weight)
+        lost = self._traced.lost
         placed = [use for use in tap.uses if use.weight not in lost and use.bias not in lost]
         for row in (0, 1):
             self._check_coupling(placed, losses[:, 0], row, ids, larger)
         check_undivided(pairs, 3 / 2, self.parameters, ids[0])
         agreements = [self._agreement(grads) for grads in oracle]
-        self._verify(tap, losses, agreements)
+        deltas = self._backward(losses[:, 0], tap.uses, retain=True)
+        self._traced.verify(tap.uses, deltas, dict(enumerate(agreements)), len(losses))
         self._verify_on_others(examples)
         for name, block in self._fallback_blocks(larger, losses, None, self._losses, True)[0].items():
             if not all(agreement.holds(name, block[p]) for p, agreement in enumerate(agreements)):
@@ -283,48 +265,24 @@ class Tracker:
         hows = {name: layer.how for name, layer in self.layers.items()}
         self.coverage = measure_coverage(self.model, self.parameters, losses, oracle, hows)
 
-    def _verify(self, tap: Tap, losses: Tensor, agreements: Sequence[Agreement]) -> None:
-        """Send every parameter whose fast gradient differs from autograd's to another layout, then to the fallback."""
-        deltas = self._backward(losses[:, 0], tap.uses, retain=True)
-        oracle = dict(enumerate(agreements))
-        wrong = self._wrong_parameters(tap.uses, deltas, oracle, len(losses))
-        if wrong:  # merged axes may keep positions first: try that for the layers concerned
-            before = dict(self._layout_of)
-            for key, layouts in before.items():
-                if key[0] in wrong or key[1] in wrong:
-                    self._layout_of[key] = [replace(layout, position_major=True) for layout in layouts]
-            still = self._wrong_parameters(tap.uses, deltas, oracle, len(losses))
-            for key in before:  # what this did not mend goes back and to the fallback
-                if key[0] in still or key[1] in still:
-                    self._layout_of[key] = before[key]
-            for name in still:
-                self._to_fallback(name, "its fast gradient differs from autograd's")
-
     def _verify_on_others(self, examples: Examples) -> None:
-        """The same for others in another order: a model may sort its batch, or route tokens by their content."""
+        """Others in another order: a model may sort its batch, or route tokens by their content."""
         positions = pick_others(examples)
         if len(positions) < 2:
             return
         losses, _, tap = self._watch(self.move(examples.take(positions)), self._losses)
-        uses = [use for use in tap.uses if use.key in self._layout_of]
-        new = [use for use in tap.uses if use.key not in self._layout_of]
-        for use in new:  # of parameters that go to the fallback, which needs no layout
-            self._layout_of[use.key] = [Layout(0)]
         oracle = {
             row: self._agreement(autograd(losses[row, 0], self.parameters)) for row in range(len(losses))
         }
-        deltas = self._backward(losses[:, 0], uses, retain=False)
-        wrong = self._wrong_parameters(uses, deltas, oracle, len(losses), slack=10)
-        wrong.update(tap.strangers, (n for use in new for n in (use.weight, use.bias) if n is not None))
-        for name in wrong:
-            self._to_fallback(name, "which examples a use holds depends on the data")
+        deltas = self._backward(losses[:, 0], self._traced.known(tap.uses), retain=False)
+        self._traced.verify_again(tap, deltas, oracle, len(losses))
 
     def _check_coupling(
         self, uses: Sequence[Use], losses: Tensor, row: int, ids: Sequence[Any], batch: Any
     ) -> None:
         """One example's loss must have a finite gradient, and none in what a layer computes for the others."""
         deltas = self._backward(losses[row : row + 1], uses, retain=True)
-        layouts = self._layouts(uses)
+        layouts = self._traced.layouts(uses)
         check_factors(uses, deltas, layouts, ids, batch)
         for use, delta, layout in zip(uses, deltas, layouts, strict=True):
             if delta is not None:
@@ -360,81 +318,3 @@ class Tracker:
                         "leave the parameter out with parameters="
                     )
         self._verified.add(what)
-
-    def _wrong_parameters(
-        self,
-        uses: Sequence[Use],
-        deltas: Sequence[Tensor | None],
-        oracle: Mapping[int, Agreement],
-        batch: int,
-        slack: float = 1.0,
-    ) -> set[str]:
-        """Parameters whose fast gradients differ from autograd's, which `oracle` has for some rows of the batch."""
-        layouts = self._layouts(uses)
-        wrong: set[str] = set()
-        for layer in self.layers.values():
-            if _is_fallback(layer):
-                continue
-            mine = [
-                (use, delta, layout)
-                for use, delta, layout in zip(uses, deltas, layouts, strict=True)
-                if delta is not None and (use.weight in layer.parameters or use.bias in layer.parameters)
-            ]
-            try:
-                block = block_of(layer, mine, batch, self.parameters[layer.weight], self.dtype)
-                flat = layer.to_parameters(block.dense())
-            except (ValueError, RuntimeError):
-                wrong.update(layer.parameters)
-                continue
-            for name, grads in flat.items():
-                if not all(agreement.holds(name, grads[row], slack) for row, agreement in oracle.items()):
-                    wrong.update(layer.parameters)
-        return wrong
-
-    def _to_fallback(self, name: str, reason: str) -> None:
-        layers: dict[str, Layer] = {}
-        for key, layer in self.layers.items():
-            if name not in layer.parameters or _is_fallback(layer):
-                layers[key] = layer
-                continue
-            for parameter in layer.parameters:
-                shape = tuple(self.parameters[parameter].shape)
-                layers[parameter] = VectorLayer(parameter, parameter, shape, f"exact fallback: {reason}")
-        self.layers = layers
-
-    def _check_known(self, strangers: Mapping[str, str]) -> None:
-        """Raise if a parameter took part in an operation that only the fallback could differentiate."""
-        fallback = self._fallbacks()
-        for name in strangers:
-            if name not in fallback:
-                raise _unseen(name)
-
-    def _fallbacks(self) -> set[str]:
-        """Parameters whose gradients the exact fallback computes."""
-        return {p for layer in self.layers.values() if _is_fallback(layer) for p in layer.parameters}
-
-    def _layouts(self, uses: Sequence[Use]) -> list[Layout]:
-        seen: dict[Any, int] = {}
-        out = []
-        for use in uses:
-            known = self._layout_of.get(use.key)
-            if known is None and {use.weight, use.bias} <= {None, *self._fallbacks()}:
-                known = [Layout(0)]  # never looked at
-            if known is None:
-                raise _unseen(use.name)
-            nth = seen.get(use.key, 0)
-            seen[use.key] = nth + 1
-            out.append(known[0] if len(set(known)) == 1 else known[min(nth, len(known) - 1)])
-        return out
-
-
-def _is_fallback(layer: Layer) -> bool:
-    return layer.how.startswith("exact fallback")
-
-
-def _unseen(name: str) -> UpweightError:
-    return UpweightError(
-        f"{name} is used here in a way that the probe batch did not show (control flow that depends on the data, or a "
-        "measurement that calls the model differently) -> leave the parameter out with parameters=, or let the "
-        "measurement call the model as the loss does"
-    )
