@@ -60,11 +60,25 @@ def plain(name: str, **options: Any) -> Method:
     return method
 
 
-def tracin(run: Explained) -> Iterator[tuple[str, Any]]:
+def tracin(**options: Any) -> Method:
     """TracIn over the checkpoints of the run."""
-    states, rates = [c[0] for c in run.checkpoints], [c[1] for c in run.checkpoints]
-    made = uw.TracIn(run.model, run.task, checkpoints=states, learning_rates=rates, progress=False)
-    yield "", made.fit(run.train).attribute(run.query)
+
+    def method(run: Explained) -> Iterator[tuple[str, Any]]:
+        rates = [rate for _, rate in run.checkpoints]
+        yield from along_the_run("TracIn", len(rates), learning_rates=rates, **options)(run)
+
+    return method
+
+
+def along_the_run(name: str, count: int | None = None, **options: Any) -> Method:
+    """An attributor of `upweight` made from a model and the first checkpoints of its run: all of them if None."""
+
+    def method(run: Explained) -> Iterator[tuple[str, Any]]:
+        states = [state for state, _ in run.checkpoints[:count]]
+        made = getattr(uw, name)(run.model, run.task, checkpoints=states, progress=False, **options)
+        yield "", made.fit(run.train).attribute(run.query)
+
+    return method
 
 
 def over_checkpoints(
@@ -123,7 +137,7 @@ CONTROLS: dict[str, Method] = {
 GRADIENTS: dict[str, Method] = {
     "gradient dot": plain("GradDot"),
     "gradient cosine": plain("GradCos"),
-    "TracIn, checkpoints": tracin,
+    "TracIn, checkpoints": tracin(),
 }
 CURVATURES: dict[str, Method] = {
     "identity": influence("identity", dampings=()),
@@ -144,3 +158,21 @@ CLASSIFIERS: dict[str, Method] = {
 
 REGRESSION = {**CONTROLS, **GRADIENTS, **CURVATURES}
 CLASSIFICATION = {**CONTROLS, **CLASSIFIERS, **GRADIENTS, **CURVATURES}
+
+# What only one table has, for the time that it takes.
+ALONG_THE_RUN: dict[str, Method] = {
+    "EL2N, two early checkpoints": along_the_run("EL2N", 2),
+    "AUM, checkpoints": along_the_run("AUM"),
+    "TracIn, last layer": tracin(parameters="last_layer"),
+    "TracIn, projected to 2,048": tracin(projection=2048),
+}
+CORRECTED: dict[str, Method] = {
+    "EK-FAC, rescaled": influence("ekfac", dampings=(), correction="rescaled"),
+    "EK-FAC, relative": influence("ekfac", dampings=(), correction="relative"),
+    "EK-FAC, relative to the own loss": influence("ekfac", dampings=(), correction="relative-loss"),
+}
+
+
+def solved(solver: Any, damping: float) -> Method:
+    """The exact Gauss-Newton matrix by a solver that is not exact, with this damping."""
+    return influence("ggn", dampings=(), solver=solver, l2=True, damping=damping)

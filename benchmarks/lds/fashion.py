@@ -16,12 +16,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _data import Data, grey_images
-from _methods import CLASSIFICATION, influence, over_checkpoints
+from _methods import ALONG_THE_RUN, CLASSIFICATION, CORRECTED, influence, over_checkpoints, solved
 from _suite import Setting, main
 from _training import Checkpoint, sgd
 from torch import nn
 
 import upweight as uw
+from upweight.curvature.solvers import Arnoldi, Astra, Lissa, Nystrom
 
 TRAIN, QUERIES = 6144, 200
 RECIPE: dict[str, Any] = {"rate": 0.03, "momentum": 0.9, "decay": 1e-3, "batch": 64, "epochs": 20}
@@ -54,6 +55,15 @@ def train_fn(indices: np.ndarray, seed: int) -> nn.Module:
     return train(indices, seed)[0]
 
 
+ONCE = {
+    **ALONG_THE_RUN,
+    **CORRECTED,
+    "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(3e-2,)),
+    "GGN, Arnoldi of rank 200": solved(Arnoldi(rank=200), 3e-2),
+    "GGN, Nyström of rank 200": solved(Nystrom(rank=200), 3e-2),
+    "GGN, LiSSA of 100 steps": solved(Lissa(depth=100, batch_size=256), 3e-2),
+    "GGN, ASTRA of 50 steps": solved(Astra(iterations=50), 3e-2),
+}
 SETTING = Setting(
     "Fashion-MNIST MLP 784-512-256-128-10",
     uw.Classification(),
@@ -64,7 +74,7 @@ SETTING = Setting(
     {
         **CLASSIFICATION,
         "EK-FAC, every second epoch, equal weights": over_checkpoints("ekfac", (1e-4,), equal=True),
-        "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(3e-2,)),
+        **ONCE,
     },
     {
         "recipe": "sgd",
@@ -77,7 +87,7 @@ SETTING = Setting(
     few_dampings=(1e-5, 1e-4, 1e-3),
     checkpoints=(3, 6, 10, 13, 17, 20),
     often=tuple(range(2, 21, 2)),
-    once=frozenset({"diagonal", "GGN, exact", "GGN, one sampled label, dual", "empirical Fisher, dual"}),
+    once=frozenset({*ONCE, "diagonal", "GGN, one sampled label, dual", "empirical Fisher, dual"}),
 )
 
 if __name__ == "__main__":
