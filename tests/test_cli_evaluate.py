@@ -215,7 +215,7 @@ def test_the_baselines_are_shown_unasked(upweight, place, monkeypatch):
     arguments = ("--subsets", "6", "--seeds", "2", "--methods", "grad-dot", "--json")
     found = json.loads(upweight("evaluate", "images.py:made", *arguments)[1])
     names = {row["name"]: row["baseline"] for row in found["methods"]}
-    shown = {"random", "loss", "margin", "grad-norm", "embedding-similarity"}
+    shown = {"random", "loss", "margin", "grad-norm", "same-class", "embedding-similarity"}
     assert names == {"grad-dot": False, **dict.fromkeys(shown, True)} and found["left_out"] == {}
     found = json.loads(upweight("evaluate", "table.py:houses", *arguments)[1])
     assert {row["name"] for row in found["methods"]} == {"grad-dot"} | shown - set(found["left_out"])

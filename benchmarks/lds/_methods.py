@@ -118,11 +118,6 @@ def random_scores(run: Explained) -> Iterator[tuple[str, Any]]:
     yield "", np.random.default_rng(run.seed).standard_normal(shape)
 
 
-def same_class(run: Explained) -> Iterator[tuple[str, Any]]:
-    """One for training examples of the query's class: what counting classes explains, without any influence."""
-    yield "", run.query[1][:, None] == run.train[1][None]
-
-
 def as_array(scores: Any) -> np.ndarray:
     """[query, train] in float64."""
     return scores.values.double().numpy() if isinstance(scores, uw.Scores) else np.asarray(scores, float)
@@ -151,7 +146,7 @@ CURVATURES: dict[str, Method] = {
     "EK-FAC, mean over checkpoints": over_checkpoints("ekfac"),
 }
 CLASSIFIERS: dict[str, Method] = {
-    "same class": same_class,
+    "same class": plain("SameClass"),
     "margin": plain("Margin"),
     "representer points": representer,
 }

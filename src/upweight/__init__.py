@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from upweight.attributors.baselines.loss import Loss
     from upweight.attributors.baselines.margin import Margin
     from upweight.attributors.baselines.random_scores import Random
+    from upweight.attributors.baselines.same_class import SameClass
     from upweight.attributors.damping_curve import damping_curve
     from upweight.attributors.datamodel import Datamodel
     from upweight.attributors.ensemble import Ensemble
@@ -76,6 +77,7 @@ _LAZY = {
     "Repair": "upweight.repair.result",
     "Representer": "upweight.attributors.representer",
     "RetrainingBank": "upweight.evaluate",
+    "SameClass": "upweight.attributors.baselines.same_class",
     "Scores": "upweight.scores",
     "SelfInfluence": "upweight.scores",
     "SklearnModel": "upweight.integrations.sklearn",
@@ -130,6 +132,7 @@ __all__ = [
     "Repair",
     "Representer",
     "RetrainingBank",
+    "SameClass",
     "Scores",
     "SelfInfluence",
     "SklearnModel",

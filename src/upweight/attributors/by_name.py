@@ -34,6 +34,7 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "loss": ("Loss", {}),
     "margin": ("Margin", {}),
     "grad-norm": ("GradNorm", {}),
+    "same-class": ("SameClass", {}),
     "embedding-similarity": ("EmbeddingSimilarity", {}),
     "bm25": ("BM25", {}),
 }

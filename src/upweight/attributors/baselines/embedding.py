@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from upweight.attributors.base import Attributor
 from upweight.attributors.baselines.forward import Forward
+from upweight.attributors.baselines.labels import class_labels
 from upweight.attributors.evidence import shared_info
 from upweight.attributors.last_layer import last_linear
 from upweight.data import Examples
@@ -128,7 +129,7 @@ class EmbeddingSimilarity(Attributor):
         """
         examples, _ = self._ready()
         assert self._forward is not None
-        labels = self._labels(examples)
+        labels = class_labels(self.task, examples, self._forward.batch_size, "neighbours agree or disagree")
         if examples.n <= self.neighbours:
             raise UpweightError(
                 f"{examples.n} training examples have no {self.neighbours} neighbours each, expected more examples -> "
@@ -174,23 +175,6 @@ class EmbeddingSimilarity(Attributor):
             return positions.mean(1)
         weights = mask.to(positions.dtype)[..., None]
         return (weights * positions).sum(1) / weights.sum(1).clamp_min(1)
-
-    def _labels(self, examples: Examples) -> Tensor:
-        if not isinstance(self.task, OutputTask):
-            raise UpweightError(
-                "neighbours disagree in labels, which this task does not tell apart from inputs -> use Classification "
-                "or BinaryClassification"
-            )
-        assert self._forward is not None
-        batches = examples.batches(self._forward.batch_size)
-        labels = torch.cat([split_batch(rows.batch)[2].cpu() for rows in batches])
-        binary = labels.is_floating_point() and bool(((labels == 0) | (labels == 1)).all())
-        if labels.numel() != examples.n or (labels.is_floating_point() and not binary):
-            raise UpweightError(
-                f"targets are {labels.dtype} {tuple(labels.shape)}, expected one class label an example: neighbours "
-                "agree or disagree -> use Loss for other tasks"
-            )
-        return labels.reshape(-1)
 
     def _info(self) -> dict[str, Any]:
         examples, fingerprints = self._ready()
