@@ -34,7 +34,7 @@ def reseed(seed: int) -> None:
     """Seed every global random state, inside `preserved`."""
     random.seed(seed)
     np_random.seed(seed)  # noqa: NPY002
-    # Not torch.manual_seed: for every kind of accelerator that is not there it makes a note of the whole call stack.
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(seed)
+    if torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available():
+        torch.manual_seed(seed)
+    else:  # it would make a note of the whole call stack for every kind of accelerator that is not there
+        torch.default_generator.manual_seed(seed)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from upweight.gradients.gradients import Gradients
 
 PROBE_QUERIES = 8
+FEWEST_EXAMPLES = 32
+"""Of fewer training examples nothing can be measured, and the exact route costs nothing."""
 FEWEST_TERMS = 8
 """Layers whose exact route costs as little as this many terms are not worth a probe."""
 NO_GRADIENT = 1e-9
@@ -70,6 +72,8 @@ def find_terms(inverse: Inverse, sample: Gradients, tolerance: float) -> dict[st
         sample: gradients of a few hundred training examples, of layers with one position an example.
         tolerance: largest relative error of a layer's scores.
     """
+    if sample.batch < FEWEST_EXAMPLES:
+        return {}
     positions = torch.arange(sample.batch)
     asked = positions[:: max(1, sample.batch // PROBE_QUERIES)][:PROBE_QUERIES]
     others = positions[~torch.isin(positions, asked)]
@@ -121,7 +125,8 @@ def separate(
         tolerance: largest error; 0 asks for the exact route.
 
     Returns:
-        The terms, or None where no number of them is both accurate enough and cheaper than the exact route.
+        The terms, or None where no number of them is both accurate enough and cheaper than the exact route, or the
+        probe has no gradients.
     """
     rows, cols = spectral_filter.shape
     most = most_terms(rows, cols)
@@ -135,8 +140,8 @@ def separate(
     (left_q, right_q), (left_t, right_t) = query, train
     exact = exact_scores(spectral_filter, query, train)
     sizes = exact.norm(dim=1, keepdim=True)
-    if not sizes.max() > 0:
-        return Terms(u[:, :1], w[:, :1], 0.0)
+    if not sizes.max() > 0:  # nothing to measure by
+        return None
     each = torch.where(sizes > NO_GRADIENT * sizes.max(), 1 / sizes, 0)
     exact, left_q = exact * each, left_q * each
     norm = exact.norm()
