@@ -255,6 +255,15 @@ def report(title: str, rows: list[Row], outcomes: Outcomes) -> str:
     return "\n".join(lines)
 
 
+def held_out(setting: Setting, outcomes: Outcomes) -> str:
+    """What a linear regression of the bank's own outcomes predicts of subsets that it has not seen."""
+    train, query = setting.data()
+    odd = split(outcomes)[1]
+    made = uw.Datamodel(None, setting.task, outcomes=outcomes.for_queries(odd), estimator="ridge").fit(train)
+    found = made.attribute(tuple(part[odd] for part in query)).info["held_out_lds"]
+    return f"A datamodel (ridge regression of this bank's outcomes on its subsets) has {found:.3f} on subsets held out."
+
+
 def _share(result: LDS) -> str:
     return "–" if math.isnan(result.corrected) else f"{result.corrected:.2f}"
 
@@ -302,7 +311,7 @@ def main(settings: Mapping[str, Setting], count: int = 100, seeds: int = 5, mode
         return
     outcomes = opened.outcomes("test")
     rows = [row for name in names for row in rows_of(name, scores[name], outcomes)]
-    print(report(setting.title, rows, outcomes))
+    print(report(setting.title, rows, outcomes), "", held_out(setting, outcomes), sep="\n")
     if arguments.json is not None:
         content = {
             "setting": setting.title,

@@ -78,10 +78,8 @@ class Correction:
         """
         loaded = step.load()
         if self.method.correction == "rescaled":
-            if self.structured:
-                yield from ((solved, 1.0) for _, solved in self._left_out(step, loaded))
-            else:
-                yield self._rescaled(step, loaded), 1.0
+            parts = self._left_out(step, loaded) if self.structured else self._rescaled(step, loaded)
+            yield from ((corrected, 1.0) for _, corrected in parts)
         else:
             yield loaded, self._scale(loaded)
 
@@ -110,25 +108,25 @@ class Correction:
         if self.method.correction == "rescaled":
             if self.structured:
                 pairs = [paired(own, solved) for own, solved in self._left_out(step, loaded)]
-                return {"": torch.cat(pairs)}
-            return {"": paired(self.inverse @ loaded, self._rescaled(step, loaded))}
+            else:
+                pairs = [paired(self.inverse @ own, other) for own, other in self._rescaled(step, loaded)]
+            return {"": torch.cat(pairs)}
         return {"": self._quadratic(loaded) * self._scale(loaded)}
 
     def _scale(self, loaded: Gradients) -> Tensor | float:
         if self.method.correction is None:
             return 1.0
         if self.method.correction == "relative":
-            solved = self.inverse @ loaded
-            return self.fitted.examples.n * _inverse_root(paired(solved, solved))
+            few, squares = self._rows(), []
+            for a in range(0, loaded.batch, few):
+                solved = self.inverse @ loaded.rows(slice(a, a + few))
+                squares.append(paired(solved, solved))
+            return self.fitted.examples.n * _inverse_root(torch.cat(squares))
         return self.fitted.examples.n * _inverse_root(self._quadratic(loaded))
 
     def _left_out(self, step: Any, loaded: Gradients) -> Iterator[tuple[Gradients, Gradients]]:
         """``Q^T g_i`` and ``Q^T (H_-i + dI)^-1 g_i`` of a few examples after the other."""
-        fitted = self.fitted
-        size = (
-            sum(layer.numel for layer in fitted.tracker.layers.values()) * torch.finfo(fitted.dtype).bits // 8
-        )
-        few = max(1, int(min(BATCH_BYTES, self.method.memory * ROWS_SHARE) / (2 * size)))
+        fitted, few = self.fitted, self._rows()
         for a in range(0, step.stop - step.start, fitted.batch_size):
             batch = loaded.rows(slice(a, a + fitted.batch_size))
             positions = range(step.start + a, step.start + a + batch.batch)
@@ -139,23 +137,25 @@ class Correction:
                 part = batch.rows(rows)
                 yield rotated(self.inverse, part), left_out.rows(rows).solve_rotated(part)
 
-    def _rescaled(self, step: Any, loaded: Gradients) -> Gradients:
-        """A few examples at a time: their rows of the curvature are held preconditioned, each as long as a gradient."""
+    def _rescaled(self, step: Any, loaded: Gradients) -> Iterator[tuple[Gradients, Gradients]]:
+        """``g_i`` and what its inner products with preconditioned queries are taken of, a few examples at a time.
+
+        Their rows of the curvature are held preconditioned, each as long as a gradient.
+        """
         fitted = self.fitted
-        size = (
-            sum(layer.numel for layer in fitted.tracker.layers.values()) * torch.finfo(fitted.dtype).bits // 8
-        )
-        rows = max(1, int(self.method.memory * ROWS_SHARE / (size * max(1, fitted.fisher[1]))))
-        parts = []
+        rows = max(1, self._rows() // max(1, fitted.fisher[1]))
         for a in range(0, step.stop - step.start, rows):
             part = loaded.rows(slice(a, a + rows))
-            side = Side(
-                fitted.examples, range(step.start + a, step.start + a + part.batch), -torch.ones(part.batch)
-            )
-            parts.append(
-                Reweighted(self.method, fitted, self.inverse, [side], self._damped).correct_each(part)
-            )
-        return Gradients.concatenate(parts)
+            positions = range(step.start + a, step.start + a + part.batch)
+            side = Side(fitted.examples, positions, -torch.ones(part.batch))
+            changed = Reweighted(self.method, fitted, self.inverse, [side], self._damped)
+            yield part, changed.correct_each(part)
+
+    def _rows(self) -> int:
+        """Examples whose gradients may be formed, twice, at a time."""
+        numel = sum(layer.numel for layer in self.fitted.tracker.layers.values())
+        size = numel * torch.finfo(self.fitted.dtype).bits // 8
+        return max(1, int(min(BATCH_BYTES, self.method.memory * ROWS_SHARE) / (2 * size)))
 
     def _check_rescalable(self) -> None:
         if self.method.curvature not in CALIBRATED:

@@ -25,6 +25,7 @@ from upweight.gradients.blocks import (
     matmul_last,
 )
 from upweight.gradients.contraction import tiles
+from upweight.gradients.rowwise import paired_blocks
 
 
 class LayerCurvature(Protocol):
@@ -63,7 +64,7 @@ class Identity:
         return block
 
     def quadratic(self, block: Block, damping: float) -> Tensor:
-        return torch.cat([block[rows].dense().square().sum(1) for rows in tiles(block)])
+        return paired_blocks(block, block)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Diagonal:
         return Dense(block.dense() * inverse)
 
     def quadratic(self, block: Block, damping: float) -> Tensor:
+        if isinstance(block, Sparse):
+            return paired_blocks(self.precondition(block, damping), block)
         inverse = damped_inverse(self.values, damping)
         return torch.cat([block[rows].dense().square() @ inverse for rows in tiles(block)])
 

@@ -189,8 +189,12 @@ def _sizes(block: Factored) -> tuple[int, int, int, int, int]:
 
 def example_bytes(block: Block) -> int:
     """Bytes one example needs while a route forms its windows and its gradient."""
+    if isinstance(block, Spectral):
+        return 2 * block.filter.nbytes  # its gradient, in and out of the eigenbasis
+    if isinstance(block, Sparse):
+        return block.rows.element_size() * block.table[0] * block.table[1]
     if not isinstance(block, Factored):
-        return max(1, block.nbytes // len(block))
+        return max(1, block.nbytes // max(1, len(block)))
     groups, _, positions, rows, cols = _sizes(block)
     return block.pieces[0].rows.element_size() * groups * (positions * (rows + 2 * cols) + rows * cols)
 

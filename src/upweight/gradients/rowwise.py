@@ -9,7 +9,7 @@ from torch import Tensor
 
 from upweight.errors import UpweightError
 from upweight.gradients.blocks import Block, Dense, Factored, Piece, Rotated, Sparse, Spectral
-from upweight.gradients.contraction import tiles
+from upweight.gradients.contraction import TILE_BYTES, tiles
 from upweight.gradients.gradients import Gradients
 
 
@@ -37,12 +37,36 @@ def paired_blocks(a: Block, b: Block) -> Tensor:
         left, right = a.basis.rotate(b)
         left, right = (a.left * left)[:, :, 0], (a.right * right)[:, :, 0]  # [group, batch, .]
         return ((left @ a.filter) * right).sum((0, 2))
+    if isinstance(a, Spectral) and isinstance(b, Spectral) and _meet(a, b):
+        left, right = (a.left * b.left)[:, :, 0], (a.right * b.right)[:, :, 0]
+        return ((left @ (a.filter * b.filter)) * right).sum((0, 2))
+    if isinstance(a, Sparse) and isinstance(b, Sparse):
+        return _paired_rows(a, b)
     if isinstance(a, Rotated) and a.meets(b):
         return (a.values * b.values).sum(1)
     if isinstance(a, Factored) and isinstance(b, Factored) and a.positions == b.positions == 1:
         left, right = (a.left() * b.left()).sum((2, 3)), (a.right() * b.right()).sum((2, 3))
         return (left * right).sum(0)
-    return torch.cat([(a[rows].dense() * b[rows].dense()).sum(1) for rows in tiles(a)])
+    parts = []
+    for rows in tiles(a):
+        left = a[rows].dense()
+        parts.append((left * (left if b is a else b[rows].dense())).sum(1))
+    return torch.cat(parts)
+
+
+def _paired_rows(a: Sparse, b: Sparse) -> Tensor:
+    """``sum_{s,t: same id} <row_s, row_t>`` of every example: no table is formed."""
+    pairs = a.rows.element_size() * 2 * a.ids.shape[1] * b.ids.shape[1]
+    step, parts = max(1, TILE_BYTES // pairs), []
+    for start in range(0, len(a), step):
+        x, y = (block[slice(start, start + step)] for block in (a, b))
+        same = x.ids[:, :, None] == y.ids[:, None]
+        parts.append(((x.rows @ y.rows.mT) * same).sum((1, 2)))
+    return torch.cat(parts)
+
+
+def _meet(a: Spectral, b: Spectral) -> bool:
+    return a.basis is b.basis and a.left.shape[2] == b.left.shape[2] == 1
 
 
 def weighted_sum(gradients: Gradients, weights: Tensor) -> Gradients:
