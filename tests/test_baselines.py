@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from networks import digits, mlp, trained
 from refusals import refused
 from sklearn.metrics import roc_auc_score
-from test_influence import QUERY, TRAIN, small
+from small_problem import QUERY, TRAIN, logits, small
 from torch import nn
 
 import upweight as uw
@@ -19,10 +19,6 @@ from upweight.testing import check_attributor
 
 TASK = uw.Classification()
 X, Y = TRAIN
-
-
-def logits(model: nn.Module | None = None) -> torch.Tensor:
-    return (model or small())(X).detach()
 
 
 def margins(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -9,30 +9,11 @@ import torch
 import torch.nn.functional as F
 from curvature_oracles import relative
 from networks import Counting, digits, trained
+from small_problem import CURVATURES, QUERY, TRAIN, cross_entropy, data, influence, small
 from torch import Tensor, nn
 
 import upweight as uw
 from upweight.errors import UpweightError
-
-CURVATURES = ("ekfac", "kfac", "diagonal", "identity")
-
-
-def small(outputs: int = 3) -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs)).double().eval()
-
-
-def data(n: int, seed: int, outputs: int = 3) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    return x, torch.randint(0, outputs, (n,), generator=generator)
-
-
-TRAIN, QUERY = data(15, 1), data(4, 2)
-
-
-def influence(model: nn.Module, task: uw.Task | None = None, **options) -> uw.Influence:
-    return uw.Influence(model, task or uw.Classification(), **{"damping": 1e-2, **options})
 
 
 def per_example(function, model: nn.Module, batch) -> Tensor:
@@ -44,10 +25,6 @@ def per_example(function, model: nn.Module, batch) -> Tensor:
         grads = torch.autograd.grad(value, parameters)
         rows.append(torch.cat([g.reshape(-1) for g in grads]))
     return torch.stack(rows)
-
-
-def cross_entropy(model: nn.Module, batch) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 # Brute force, where another engine is known to be wrong --------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from networks import nearby
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -32,16 +33,6 @@ def tracin(**options) -> Make:
         return uw.TracIn(model, task, checkpoints=checkpoints, learning_rates=[0.1, 0.1, 0.01], **options)
 
     return make
-
-
-def nearby(model: nn.Module) -> list[dict[str, Tensor]]:
-    """Two checkpoints around the model that the suite hands over."""
-    generator = torch.Generator().manual_seed(3)
-    state = model.state_dict()
-    return [
-        {k: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in state.items()}
-        for _ in range(2)
-    ]
 
 
 class BankOfTheLinearTruth:
