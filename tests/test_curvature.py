@@ -11,7 +11,6 @@ from curvature_cases import (
     QUERIES,
     Case,
     N,
-    columns_of,
     dense_inverse,
     influence,
     key_of,
@@ -20,7 +19,6 @@ from curvature_cases import (
 from curvature_oracles import relative
 from torch import Tensor, nn
 
-import upweight as uw
 from upweight.curvature import Damping
 
 
@@ -51,125 +49,6 @@ def test_equal_to_the_dense_matrix(case: Case, curvature: str, fisher: str):
         for name in layers
     )
     assert relative(method.self_influence().values, quadratic) < 1e-10
-
-
-# Layers whose inputs are not the columns of their gradient -----------------------------------------------------------
-
-
-class Upsampled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1, dilation=2)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x).tanh()
-        return self.head(h @ torch.linspace(0.5, 1.5, h.shape[2], dtype=h.dtype))
-
-
-class TiedAutoencoder(nn.Module):
-    """One weight used as itself and transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight).tanh() @ self.weight
-
-
-class TiedEmbedding(nn.Module):
-    """A table that is looked up and gives the logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(5, 4)
-        self.body = nn.Linear(4, 4)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.linear(self.body(self.table(ids)).tanh().mean(1), self.table.weight)
-
-
-def word_ids(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 5, (n, 3), generator=generator), torch.randint(0, 5, (n,), generator=generator)
-
-
-SWAPPED = [
-    Case("transposed convolution", Upsampled, (3, 4)),
-    Case("tied autoencoder", TiedAutoencoder, (5,), "regression", 5),
-    Case("tied embedding", TiedEmbedding, (3,), outputs=5),
-]
-
-
-@pytest.mark.parametrize("fisher", FISHERS)
-@pytest.mark.parametrize("case", SWAPPED, ids=lambda case: case.name)
-def test_eigenvalues_are_the_fishers_diagonal_in_the_eigenbasis(case: Case, fisher: str):
-    model = case.build()
-    train = word_ids(N, 1) if case.name == "tied embedding" else case.data(N, 1)
-    method = influence(case, model, "ekfac", fisher, DAMPING).fit(train)
-    fitted = method._fitted
-    columns = columns_of(case, model, train, fisher)
-    checked = 0
-    for name, layer in fitted.tracker.layers.items():
-        kronecker = fitted.curvature.layers[name]
-        if not hasattr(kronecker, "basis"):
-            continue
-        parameters = [model.get_parameter(p) for p in layer.parameters]
-        rows = []
-        for i in range(N):
-            scalars = columns[i](model(train[0][i : i + 1]), train[1][i : i + 1])
-            for scalar in scalars:
-                grads = torch.autograd.grad(scalar, parameters, retain_graph=True)
-                rows.append(torch.cat([g.reshape(-1) for g in grads]))
-        eye = torch.eye(layer.numel, dtype=torch.float64)
-        order = torch.cat([p.flatten(1) for p in layer.to_parameters(eye).values()], 1)
-        if layer.bias is not None:  # to_parameters gives the bias first
-            back = layer.to_parameters(eye)
-            order = torch.cat([back[p].flatten(1) for p in layer.parameters], 1)
-        G = torch.stack(rows) @ order.T  # in the layer's own order
-        Q = torch.block_diag(*(torch.kron(b, a) for b, a in zip(kronecker.basis.rows, kronecker.basis.cols)))
-        Lambda = (G @ Q).square().sum(0) / N
-        assert relative(kronecker.values.reshape(-1), Lambda) < 1e-10
-        checked += 1
-    assert checked >= 1
-
-
-@pytest.mark.parametrize("fisher", FISHERS)
-def test_kfac_of_a_transposed_convolution(fisher: str):
-    """Its gradient has inputs as rows and windows of output gradients as columns, which make up B and A."""
-    case = SWAPPED[0]
-    model, train, query = case.build(), case.data(N, 1), case.data(QUERIES, 2)
-    columns = columns_of(case, model, train, fisher)
-    A = B = 0
-    for i in range(N):
-        x = train[0][i : i + 1]
-        kept: list[Tensor] = []
-        handle = model.up.register_forward_hook(lambda m, args, z: kept.append(z))  # noqa: B023
-        scalars = columns[i](model(x), train[1][i : i + 1])
-        handle.remove()
-        B = B + x[0] @ x[0].T / N
-        for scalar in scalars:
-            (delta,) = torch.autograd.grad(scalar, kept, retain_graph=True)
-            windows = nn.functional.unfold(
-                delta[:, :, None], (1, 3), dilation=(1, 2), padding=(0, 1), stride=(1, 2)
-            )
-            A = A + windows[0] @ windows[0].T / (N * 4)
-    method = influence(case, model, "kfac", fisher, DAMPING, parameters="^up.weight").fit(train)
-    weight = model.up.weight
-    V, G = (
-        torch.stack(
-            [
-                torch.autograd.grad(case.loss(model(data[0][i : i + 1]), data[1][i : i + 1]), weight)[
-                    0
-                ].reshape(-1)
-                for i in range(len(data[1]))
-            ]
-        )
-        for data in (query, train)
-    )
-    truth = oracle.solve(torch.kron(B, A), DAMPING, V, G) / N
-    assert relative(method.attribute(query).values, truth) < 1e-10
 
 
 # Where they are exact ------------------------------------------------------------------------------------------------
@@ -306,81 +185,3 @@ def test_each_layer_has_its_own_damping():
         for name, layer in layers.items():
             part = oracle.solve(oracle.dense_ekfac(layer), expected[name], V[name], G[name]) / N
             assert relative(scores.layers[name], part) < 1e-10
-
-
-# Padding -------------------------------------------------------------------------------------------------------------
-
-
-class Masked(nn.Module):
-    """Attention over the real positions of a sequence, then their mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.head = (
-            nn.Linear(3, 4),
-            nn.Linear(3, 4, False),
-            nn.Linear(3, 4),
-            nn.Linear(4, 3),
-        )
-
-    def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        weights = self.q(x) @ self.k(x).mT
-        weights = weights.masked_fill(real[:, None] == 0, -torch.inf).softmax(-1)
-        h = (weights @ self.v(x)).tanh() * real[..., None]
-        return self.head(h.sum(1) / real.sum(1, keepdim=True))
-
-
-def padded(n: int, length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same sequences of 2 to 5 tokens whatever `length` they are padded to, with numbers like any other."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 12, 3, generator=generator, dtype=torch.float64)
-    lengths = torch.randint(2, 6, (n,), generator=generator)
-    real = (torch.arange(12) < lengths[:, None]).double()
-    return x[:, :length], real[:, :length], torch.randint(0, 3, (n,), generator=generator)
-
-
-@pytest.mark.parametrize("fisher", FISHERS)
-@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal"])
-def test_padding_changes_nothing_if_the_task_has_a_mask(curvature: str, fisher: str, tmp_path):
-    torch.manual_seed(1)
-    model = Masked().double().eval()
-
-    def scores(length: int, mask: bool, **options) -> Tensor:
-        task = uw.Classification()
-        task.mask = (lambda batch: batch[1]) if mask else None
-        method = uw.Influence(
-            model, task, curvature=curvature, fisher=fisher, damping=DAMPING, draws=2, batch_size=4
-        )
-        return method.fit(padded(9, length, 1), **options).attribute(padded(QUERIES, length, 2)).values
-
-    truth = scores(5, True)
-    assert relative(scores(12, True), truth) < 1e-10
-    assert relative(scores(12, True, cache=tmp_path), truth) < 1e-10
-    if curvature != "diagonal":
-        assert relative(scores(12, False), truth) > 1e-3  # what the mask is for
-
-
-def test_kfac_counts_real_positions_only():
-    """Padded sequences against the same sequences one by one, each at its own length."""
-    torch.manual_seed(1)
-    model = Masked().double().eval()
-    x, real, y = padded(9, 12, 1)
-    A = B = total = 0
-    for i in range(9):
-        length = int(real[i].sum())
-        kept: list[Tensor] = []
-        handle = model.v.register_forward_hook(lambda m, args, z: kept.append(z))  # noqa: B023
-        outputs = model(x[i : i + 1, :length], real[i : i + 1, :length])
-        handle.remove()
-        a = torch.cat([x[i, :length], torch.ones(length, 1, dtype=torch.float64)], 1)
-        A, total = A + a.T @ a, total + length
-        (delta,) = torch.autograd.grad(oracle.loss_of("classification", outputs, y[i : i + 1]), kept)
-        B = B + delta[0].T @ delta[0] / 9
-    task = uw.Classification()
-    task.mask = lambda batch: batch[1]
-    method = uw.Influence(model, task, curvature="kfac", fisher="empirical", damping=DAMPING).fit(
-        (x, real, y)
-    )
-    eigenvalues = method._fitted.curvature.layers["v"].eigenvalues.reshape(-1).sort()[0]
-    truth = torch.linalg.eigvalsh(torch.kron(B, A / total))
-    assert relative(eigenvalues, truth) < 1e-12
