@@ -63,6 +63,17 @@ def trained(name: str) -> nn.Module:
     return model.eval()
 
 
+class Tagger(nn.Module):
+    """A linear layer at every position, averaged afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens):
+        return self.head(self.embed(tokens)).mean(1)
+
+
 def nearby(model: nn.Module) -> list[dict[str, Tensor]]:
     """Two checkpoints around a model."""
     generator = torch.Generator().manual_seed(3)
