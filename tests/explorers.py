@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 import upweight as uw
+from upweight.explorer.run import Run
+from upweight.explorer.suspects import Selection
 from upweight.repair.issue_table import IssueTable
 
 CLASSES = ["cat", "dog", "owl"]
 N, QUERIES = 30, 12
 SUSPECTS = [4, 9, 14, 19]  # positions, the worst first
+LABELS = Selection("label")
 PAYLOADS = [
     "<script>window.harmed=1</script>",
     "</script><script>window.harmed=2</script>",
@@ -72,6 +75,18 @@ def filled(folder, bundle):
     method.attribute(bundle.query, ids=bundle.query.ids).save(folder / "scores" / "ekfac")
     issues(bundle).save(folder)
     return folder
+
+
+@pytest.fixture
+def bundle():
+    """An experiment."""
+    return experiment()
+
+
+@pytest.fixture
+def run(bundle, tmp_path):
+    """A run of it, with scores and issues."""
+    return Run(bundle, filled(tmp_path / "run", bundle))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Small networks trained on scikit-learn's digits, and a model that counts what it is shown."""
+"""Small networks trained on scikit-learn's digits, checkpoints around a model, and a model that counts its examples."""
 
 from functools import lru_cache
 
@@ -61,6 +61,27 @@ def trained(name: str) -> nn.Module:
     model = NETWORKS[name]()
     model.load_state_dict(_weights(name))
     return model.eval()
+
+
+class Tagger(nn.Module):
+    """A linear layer at every position, averaged afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens):
+        return self.head(self.embed(tokens)).mean(1)
+
+
+def nearby(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Two checkpoints around a model."""
+    generator = torch.Generator().manual_seed(3)
+    state = model.state_dict()
+    return [
+        {k: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in state.items()}
+        for _ in range(2)
+    ]
 
 
 class Counting(nn.Module):

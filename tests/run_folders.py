@@ -182,3 +182,32 @@ def everything(folder, experiment):
         json.dumps({"at": "2026-01-01", "action": "repair", "method": "newton"}) + "\n",
     )
     return folder
+
+
+def hostile(tmp_path, size=10_000_000):
+    """Hostile names, classes, ids and texts everywhere, one of them very long."""
+    rows = torch.arange(30.0)[:, None].repeat(1, 2)
+    ids = [f"{HOSTILE[k % len(HOSTILE)].replace(chr(0xD800), '')} {k}" for k in range(30)]
+    texts = [HOSTILE[k % len(HOSTILE)] for k in range(29)] + ["<i>" * (size // 3)]
+
+    def show(example):
+        return texts[int(example[0][0])]
+
+    experiment = uw.Experiment(
+        nn.Linear(2, 2),
+        uw.Classification(),
+        uw.Examples((rows, torch.arange(30) % 2), ids),
+        uw.Examples((rows[24:], torch.arange(6) % 2), ids[:6]),
+        show=show,
+        classes=HOSTILE[:2],
+        name=HOSTILE[1],
+    )
+    everything(tmp_path, experiment)
+    for name, content in {
+        "evaluate.json": evaluation((HOSTILE[0], HOSTILE[2]), sentence=HOSTILE[1], warnings=HOSTILE),
+        "issues.json": issues(30, ids, HOSTILE, address=HOSTILE[1], detectors={HOSTILE[0]: HOSTILE[1]}),
+        "repair/repair.json": repair(method=HOSTILE[1], source=HOSTILE[2] * 1000),
+    }.items():
+        put(tmp_path, name, {**content, "experiment": experiment.name})
+    put(tmp_path, "repair/log.jsonl", "\n".join(json.dumps({"action": one}) for one in HOSTILE) + "\n{half")
+    return experiment

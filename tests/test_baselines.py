@@ -10,19 +10,14 @@ import torch.nn.functional as F
 from networks import digits, mlp, trained
 from refusals import refused
 from sklearn.metrics import roc_auc_score
-from test_influence import QUERY, TRAIN, small
+from small_problem import QUERY, TRAIN, logits, small
 from torch import nn
 
 import upweight as uw
 from upweight.attributors.baselines.aum import MarginLog
-from upweight.testing import check_attributor
 
 TASK = uw.Classification()
 X, Y = TRAIN
-
-
-def logits(model: nn.Module | None = None) -> torch.Tensor:
-    return (model or small())(X).detach()
 
 
 def margins(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -134,6 +129,24 @@ def test_a_changed_model_is_noticed():
         method.self_influence()
 
 
+@pytest.mark.parametrize(("make", "extra"), [("BM25", "text"), ("confident_learning", "audit")])
+def test_a_missing_library_names_its_extra(monkeypatch, make, extra):
+    def missing(name):
+        raise ImportError(name)
+
+    module = {
+        "BM25": "upweight.attributors.baselines.bm25",
+        "confident_learning": "upweight.attributors.baselines.confident_learning",
+    }[make]
+    loaded = importlib.import_module(module)
+    monkeypatch.setattr(loaded, "importlib", type("Missing", (), {"import_module": staticmethod(missing)}))
+    with pytest.raises(ImportError, match=rf"upweight\[{extra}\]"):
+        if make == "BM25":
+            uw.BM25(None, TASK)
+        else:
+            uw.confident_learning(TRAIN, TASK, probabilities=logits().softmax(1))
+
+
 # AUM --------------------------------------------------------------------------------------------------------------
 
 
@@ -167,64 +180,6 @@ def test_logs_that_do_not_fit_are_refused():
         uw.EL2N(small(), TASK, checkpoints=[])
 
 
-# Similarity -------------------------------------------------------------------------------------------------------
-
-
-def test_similarity_is_the_cosine_of_what_the_last_layer_sees():
-    model = small()
-    body = model[:-1]
-    f, q = (F.normalize(body(x).detach(), dim=1) for x in (X, QUERY[0]))
-    scores = uw.EmbeddingSimilarity(model, TASK, batch_size=5).fit(TRAIN).attribute(QUERY)
-    torch.testing.assert_close(scores.values, q @ f.T, rtol=1e-10, atol=1e-12)
-    assert scores.info["features_of"].endswith("weight")
-
-
-def test_neighbours_disagree_where_labels_differ():
-    """Three tight clusters, one example of which has another label: all its neighbours disagree, a third of theirs."""
-    angles = torch.tensor([0.0, 0.01, 0.02, 0.03, 2.0, 2.01, 2.02, 2.03, 4.0, 4.01, 4.02, 4.03])
-    x = torch.stack([angles.cos(), angles.sin()], 1)
-    y = torch.arange(12) // 4
-    y[5] = 0
-    method = uw.EmbeddingSimilarity(nn.Linear(2, 3), TASK, neighbours=3, memory=2000).fit((x, y))
-    third = 1 / 3
-    expected = torch.tensor([0, 0, 0, 0, third, 1, third, third, 0, 0, 0, 0])
-    torch.testing.assert_close(method.self_influence().values, expected)
-    with refused("have no 12 neighbours each"):
-        uw.EmbeddingSimilarity(nn.Linear(2, 3), TASK, neighbours=12).fit((x, y)).self_influence()
-    with refused("GiB, expected at most"):
-        uw.EmbeddingSimilarity(nn.Linear(2, 3), TASK, memory=50).fit((x, y))
-    regression = uw.EmbeddingSimilarity(nn.Linear(2, 2), uw.Regression(), neighbours=2).fit((x, x))
-    with refused("expected one class label an example"):
-        regression.self_influence()
-
-
-class Tagger(nn.Module):
-    """A linear layer at every position, averaged afterwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(20, 6), nn.Linear(6, 3)
-
-    def forward(self, tokens):
-        return self.head(self.embed(tokens)).mean(1)
-
-
-def test_features_at_several_positions_are_averaged_over_the_mask():
-    torch.manual_seed(0)
-    model, tokens = Tagger(), torch.randint(20, (7, 5))
-    y = torch.arange(7) % 3
-    task = uw.Classification()
-    features = F.normalize(model.embed(tokens).detach().mean(1), dim=1)
-    found = uw.EmbeddingSimilarity(model, task).fit((tokens, y)).attribute((tokens, y)).values
-    torch.testing.assert_close(found, features @ features.T)
-    task.mask = lambda batch: (batch[0] > 4).to(torch.int64)
-    kept = (tokens > 4)[..., None]
-    means = (model.embed(tokens).detach() * kept).sum(1) / kept.sum(1).clamp_min(1)
-    features = F.normalize(means, dim=1)
-    found = uw.EmbeddingSimilarity(model, task).fit((tokens, y)).attribute((tokens, y)).values
-    torch.testing.assert_close(found, features @ features.T)
-
-
 # Random -----------------------------------------------------------------------------------------------------------
 
 
@@ -242,156 +197,6 @@ def test_random_scores_are_independent_standard_normals():
     assert torch.equal(values[0], uw.Random(model, task).fit((x, x)).attribute((x, x)).values)
     own = uw.Random(model, task).fit((x, x)).self_influence()
     assert torch.equal(own.values, values[0].diagonal())
-
-
-# BM25 -------------------------------------------------------------------------------------------------------------
-
-TEXTS = ["the cat sat on the mat", "a dog sat", "the dog ran and ran", "birds fly"]
-
-
-def by_hand(query: str, k1: float = 1.5, b: float = 0.75) -> list[float]:
-    documents = [text.split() for text in TEXTS]
-    mean = sum(map(len, documents)) / len(documents)
-    scores = []
-    for document in documents:
-        total = 0.0
-        for token in query.split():
-            having = sum(token in d for d in documents)
-            idf = math.log(1 + (len(documents) - having + 0.5) / (having + 0.5))
-            count = document.count(token)
-            total += idf * count / (count + k1 * (1 - b + b * len(document) / mean)) if having else 0.0
-        scores.append(total)
-    return scores
-
-
-def test_bm25_is_the_formula():
-    pytest.importorskip("bm25s", reason="the extra [text]")
-    queries = ["the dog dog ran", "zebra", "the cat sat on the mat"]
-    method = uw.BM25(None, TASK).fit(TEXTS, ids=list("abcd"))
-    scores = method.attribute(queries)
-    expected = torch.tensor([by_hand(query) for query in queries])
-    torch.testing.assert_close(scores.values, expected, rtol=1e-6, atol=1e-6)
-    assert scores.train_ids == list("abcd") and scores.unit is None and not scores.values[1].any()
-    other = uw.BM25(None, TASK, k1=1.0, b=0.2).fit(TEXTS).attribute(queries).values
-    torch.testing.assert_close(other, torch.tensor([by_hand(q, 1.0, 0.2) for q in queries]))
-
-
-def test_bm25_reads_texts_in_every_form():
-    pytest.importorskip("bm25s", reason="the extra [text]")
-    words = sorted({word for text in TEXTS for word in text.split()})
-    ids = [[words.index(word) for word in text.split()] for text in TEXTS]
-    padded = torch.zeros(4, 6, dtype=torch.int64)
-    mask = torch.zeros(4, 6)
-    for row, text in enumerate(ids):
-        padded[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
-    y = torch.zeros(4, dtype=torch.int64)
-    expected = uw.BM25(None, TASK).fit(TEXTS).attribute(TEXTS).values
-
-    def decode(batch):
-        return [" ".join(words[i] for i in row[keep]) for row, keep in zip(batch[0], batch[1] > 0)]
-
-    forms = {
-        "token ids": (ids, {}),
-        "pairs": (list(zip(TEXTS, [0, 1, 2, 3])), {}),
-        "a dict": ({"input_ids": padded, "attention_mask": mask, "labels": y}, {}),
-        "a function": ((padded, mask, y), {"text": decode}),
-    }
-    for what, (data, options) in forms.items():
-        found = uw.BM25(None, TASK, **options).fit(data).attribute(data).values
-        assert torch.equal(found, expected), what
-
-
-def test_bm25_refuses():
-    pytest.importorskip("bm25s", reason="the extra [text]")
-    for data in ((X, Y), X):
-        with refused("no texts are found in the data"):
-            uw.BM25(None, TASK).fit(data)
-    with refused("not fitted yet"):
-        uw.BM25(None, TASK).attribute(TEXTS)
-    with refused("has no self-influence"):
-        uw.BM25(None, TASK).fit(TEXTS).self_influence()
-    with refused("holds a token"):
-        uw.BM25(None, TASK).fit(["", "!"])
-    with refused("the data is empty"):
-        uw.BM25(None, TASK).fit([])
-    with refused("1 texts were read of 4 examples"):
-        uw.BM25(None, TASK, text=lambda batch: ["x"]).fit(TEXTS)
-    with refused("expected k1 > 0"):
-        uw.BM25(None, TASK, b=2)
-
-
-def test_bm25_obeys_the_laws():
-    pytest.importorskip("bm25s", reason="the extra [text]")
-    torch.manual_seed(0)
-    model = Tagger().double().eval()
-    train, query = ((torch.randint(20, (n, 5)), torch.arange(n) % 3) for n in (9, 4))
-    report = check_attributor(uw.BM25, train, query, model=model, task=TASK)
-    assert report["sign"].status == report["duplicates"].status == "passed"
-
-
-@pytest.mark.parametrize(("make", "extra"), [("BM25", "text"), ("confident_learning", "audit")])
-def test_a_missing_library_names_its_extra(monkeypatch, make, extra):
-    def missing(name):
-        raise ImportError(name)
-
-    module = {
-        "BM25": "upweight.attributors.baselines.bm25",
-        "confident_learning": "upweight.attributors.baselines.confident_learning",
-    }[make]
-    loaded = importlib.import_module(module)
-    monkeypatch.setattr(loaded, "importlib", type("Missing", (), {"import_module": staticmethod(missing)}))
-    with pytest.raises(ImportError, match=rf"upweight\[{extra}\]"):
-        if make == "BM25":
-            uw.BM25(None, TASK)
-        else:
-            uw.confident_learning(TRAIN, TASK, probabilities=logits().softmax(1))
-
-
-# Confident learning -----------------------------------------------------------------------------------------------
-
-
-def test_confident_learning_flags_by_the_class_thresholds():
-    pytest.importorskip("cleanlab", reason="the extra [audit]")
-    generator = np.random.default_rng(0)
-    y = np.arange(60) % 3
-    p = (
-        generator.dirichlet(np.ones(3), 60)
-        + 0.8 * np.eye(3)[np.where(generator.random(60) < 0.8, y, (y + 1) % 3)]
-    )
-    p /= p.sum(1, keepdims=True)
-    thresholds = np.array([p[y == k, k].mean() for k in range(3)])
-    confident = np.where(p >= thresholds, p, -1)
-    flagged = {i for i in range(60) if confident[i].max() > 0 and confident[i].argmax() != y[i]}
-    found = uw.confident_learning((torch.zeros(60, 1), torch.from_numpy(y)), TASK, probabilities=p)
-    assert set(found.info["flagged"]) == flagged and len(flagged) > 3
-    torch.testing.assert_close(found.values, torch.from_numpy(1 - p[np.arange(60), y]))
-    order = found.values[found.info["flagged"]]
-    assert bool((order[:-1] >= order[1:]).all())
-    margin = uw.confident_learning(
-        (torch.zeros(60, 1), torch.from_numpy(y)), TASK, probabilities=p, rank_by="normalized_margin"
-    )
-    others = np.where(np.eye(3, dtype=bool)[y], -1, p).max(1)
-    torch.testing.assert_close(margin.values, torch.from_numpy((1 - p[np.arange(60), y] + others) / 2))
-
-
-def test_confident_learning_refuses():
-    pytest.importorskip("cleanlab", reason="the extra [audit]")
-    p = torch.full((len(Y), 3), 1 / 3)
-    for options in ({}, {"probabilities": p, "train_fn": lambda indices, seed: small()}):
-        with refused("expected one of them"):
-            uw.confident_learning(TRAIN, TASK, **options)
-    for wrong, message in (
-        (p[:-1], "expected \\[train, class\\]"),
-        (logits(), "not logits"),
-        (p[:, :2] * 1.5, "label 2 has no column"),
-        (torch.full((len(Y), 4), 0.25), "no example has label 3"),
-    ):
-        with refused(message):
-            uw.confident_learning(TRAIN, TASK, probabilities=wrong)
-    with refused("the size of the rarest class"):
-        uw.confident_learning(TRAIN, TASK, train_fn=lambda indices, seed: small(), folds=50)
-    with refused("train_fn returned int"):
-        uw.confident_learning(TRAIN, TASK, train_fn=lambda indices, seed: 1, folds=2)
 
 
 # Mislabeled digits ------------------------------------------------------------------------------------------------

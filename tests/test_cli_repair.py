@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 import torch
-from test_cli_evaluate import IMAGES, TABLE
+from projects import IMAGES, TABLE
 
 import upweight as uw
 from upweight.repair import log

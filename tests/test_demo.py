@@ -1,4 +1,4 @@
-"""The demo: what it flips, finds, proves and shows, on few images and with little training."""
+"""A run of the demo, on few images: what it finds, how it closes the loop, and the page that shows it."""
 
 import base64
 import io
@@ -10,38 +10,20 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from demos import QUICK
 from PIL import Image
 from rich.console import Console
 
 import upweight as uw
 from upweight.demo.closing import _decide, close_the_loop
-from upweight.demo.data import digits, flip_labels, printable
-from upweight.demo.network import (
-    Recipe,
-    convolutional_network,
-    one_thread,
-    predictions,
-    side_by_side,
-    train_network,
-)
+from upweight.demo.data import flip_labels, printable
+from upweight.demo.network import predictions, train_network
 from upweight.demo.page import png, render, signed
-from upweight.demo.proof import (
-    Removal,
-    RemovalPair,
-    agreement,
-    chance,
-    detection,
-    removal_proof,
-    same_labels,
-)
 from upweight.demo.results import Settings
-from upweight.demo.run import choose_queries, run_demo
+from upweight.demo.run import run_demo
 from upweight.demo.tables import closing_sentence
 from upweight.errors import UpweightError
 from upweight.repair.issue_table import IssueTable
-from upweight.scores import Scores
-
-QUICK = Recipe(epochs=3, fewest_batches=3)
 
 
 @pytest.fixture(scope="module")
@@ -82,141 +64,13 @@ class _Tags(HTMLParser):
         self.words.append(data)
 
 
-# The labels that were flipped ------------------------------------------------------------------------------------
-
-
-def test_flips_are_the_seeds():
-    labels = torch.arange(200) % 7
-    given, flipped = flip_labels(labels, 7, share=0.1, seed=5)
-    again, flipped_again = flip_labels(labels, 7, share=0.1, seed=5)
-    assert torch.equal(given, again) and torch.equal(flipped, flipped_again)
-    assert int(flipped.sum()) == 20
-    assert torch.equal(given != labels, flipped)
-    assert int(given.min()) >= 0 and int(given.max()) < 7
-    assert not torch.equal(flipped, flip_labels(labels, 7, share=0.1, seed=6)[1])
+# What a run finds -------------------------------------------------------------------------------------------------
 
 
 def test_run_trained_on_the_seeds_flips(run):
     given, flipped = flip_labels(run.images.train.labels, 10, share=0.1, seed=3)
     assert torch.equal(run.given, given) and torch.equal(run.flipped, flipped)
     assert int(flipped.sum()) == 30
-
-
-# Training ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 12), (3, 32, 32), (1, 28, 28), (3, 20, 32)])
-def test_network_fits_the_images(shape):
-    model = convolutional_network(shape, classes=4, seed=0)
-    assert model(torch.zeros(2, *shape)).shape == (2, 4)
-
-
-def test_training_is_the_seeds_and_leaves_random_state_alone():
-    images = digits(n=60)
-    state = torch.get_rng_state()
-    one, same, other = (
-        train_network(images.train.inputs, images.train.labels, 10, seed, None, QUICK) for seed in (1, 1, 2)
-    )
-    assert torch.equal(state, torch.get_rng_state())
-    first, second, third = (model[0].weight for model in (one, same, other))
-    assert torch.equal(first, second) and not torch.equal(first, third)
-
-
-def test_examples_left_out_have_no_say():
-    images = digits(n=60)
-    inputs, labels, without = images.train.inputs, images.train.labels, torch.tensor([0, 7, 31])
-    scrambled = inputs.clone()
-    scrambled[without] = torch.randn(3, 1, 8, 8)
-    plain, blind = (train_network(x, labels, 10, 1, without, QUICK) for x in (inputs, scrambled))
-    full = train_network(inputs, labels, 10, 1, None, QUICK)
-    assert torch.equal(plain[0].weight, blind[0].weight)
-    assert not torch.equal(plain[0].weight, full[0].weight)
-
-
-def test_side_by_side_keeps_order_and_threads():
-    threads, counted = torch.get_num_threads(), []
-    assert side_by_side(lambda job: job**2, range(20), lambda: counted.append(1)) == [
-        job**2 for job in range(20)
-    ]
-    assert torch.get_num_threads() == threads and len(counted) == 20
-
-
-def test_one_thread_is_given_back_after_an_error():
-    threads = torch.get_num_threads()
-    with pytest.raises(RuntimeError), one_thread():
-        raise RuntimeError
-    assert torch.get_num_threads() == threads
-
-
-# Proof ------------------------------------------------------------------------------------------------------------
-
-
-def test_detection_by_hand():
-    suspicion = torch.tensor([0.1, 0.9, 0.5, 0.8, 0.2])
-    flipped = torch.tensor([False, True, True, False, False])
-    one = detection("made up", suspicion, flipped)
-    assert one.auroc == pytest.approx(5 / 6)  # of six pairs only (2, 3) is in the wrong order
-    assert one.precision == pytest.approx(1 / 2)
-    assert one.average_precision == pytest.approx((1 + 2 / 3) / 2)
-    assert one.found.tolist() == [0.5, 0.5, 1.0, 1.0, 1.0]
-
-
-def test_chance_is_the_share_of_flips():
-    one = chance(torch.tensor([True] + [False] * 9))
-    assert (one.auroc, one.precision, one.average_precision) == (0.5, 0.1, 0.1)
-    assert one.found[-1] == 1
-
-
-def test_random_images_carry_the_labels_of_the_proponents():
-    labels = torch.arange(60) % 3
-    positions = torch.tensor([0, 3, 6, 1, 4, 2])
-    drawn = same_labels(positions, labels, np.random.default_rng(0))
-    assert len(set(drawn.tolist())) == 6
-    assert torch.equal(labels[drawn].bincount(), labels[positions].bincount())
-
-
-def test_removal_is_measured_against_the_same_seed():
-    images = digits(n=80, seed=1)
-    train = (images.train.inputs, images.train.labels)
-    queries = (images.test.inputs[:3], images.test.labels[:3])
-    values = torch.randn(3, 80)
-    scores = Scores(values, range(3), range(80), "nats")
-    pairs = removal_proof(scores, queries, train, 10, rows=[2, 0], removed=5, seeds=[4, 9], recipe=QUICK)
-    assert [pair.proponents.query for pair in pairs] == [2, 0]
-    removal = pairs[0].proponents
-    top = values[2].topk(5)
-    assert removal.removed == tuple(top.indices.tolist())
-    assert removal.predicted == pytest.approx(float(top.values.sum()), rel=1e-5)
-    for seed, measured in zip([4, 9], removal.measured, strict=True):
-        full, less = (train_network(*train, 10, seed, without, QUICK) for without in (None, top.indices))
-        change = predictions(less, *queries)[1] - predictions(full, *queries)[1]
-        assert measured == pytest.approx(float(change[2]), abs=1e-5)
-
-
-def test_agreement_by_hand():
-    pairs = [
-        RemovalPair(Removal(0, (1,), 2.0, (0.8, 1.2)), Removal(0, (2,), 0.0, (0.1,))),
-        RemovalPair(Removal(1, (1,), 4.0, (2.0,)), Removal(1, (2,), 1.0, (2.5,))),
-    ]
-    together = agreement(pairs)
-    assert together.wins == 1
-    assert together.proponents == pytest.approx(1.5) and together.control == pytest.approx(1.3)
-    assert together.predicted == pytest.approx(3.0) and together.predicted_control == pytest.approx(0.5)
-    assert together.slope == pytest.approx((2 * 1 + 4 * 2 + 1 * 2.5) / (4 + 16 + 1))
-    assert pairs[0].proponents.spread == pytest.approx(np.std([0.8, 1.2], ddof=1))
-
-
-def test_misclassified_queries_come_first():
-    losses, right = torch.rand(50), torch.rand(50) < 0.8
-    chosen = choose_queries(losses, right, 20, seed=0)
-    assert len(set(chosen.tolist())) == 20
-    wrong = int((~right).sum())
-    assert not right[chosen[: min(wrong, 12)]].any() and right[chosen[min(wrong, 12) :]].all()
-    assert losses[chosen[:wrong]].tolist() == sorted(losses[chosen[:wrong]].tolist(), reverse=True)
-    assert len(choose_queries(losses, right, 500, seed=0)) == 50
-
-
-# What a run finds -------------------------------------------------------------------------------------------------
 
 
 def test_figures_are_in_range(run):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from networks import nearby
 from safetensors.torch import save_file
-from test_testing import nearby
 from torch import nn
 
 import upweight as uw

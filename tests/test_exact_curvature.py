@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases_all import EXACT, WITH_OUTPUTS, N, each, track
 from curvature_oracles import relative
+from gauss_newton import flat_order, in_flat_order, undone
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,27 +26,6 @@ REFUSED = {
 IN_ITS_LOSS = "weight decay inside the loss"  # looks its parameter up by name, which functional_call hides
 WHOLE_UP_TO = 250
 """Parameters up to which the whole dense Hessian is compared; products with a few vectors beyond."""
-
-
-def flat_order(tracker: Tracker) -> Tensor:
-    """For every place in the flat order of the tracker's layers, its place in that of its parameters."""
-    parameters = tracker.parameters
-    order = torch.arange(float(sum(p.numel() for p in parameters.values())), dtype=torch.float64)
-    parts = order.split([p.numel() for p in parameters.values()])
-    named = {n: part.reshape(1, *parameters[n].shape) for n, part in zip(parameters, parts, strict=True)}
-    return from_parameters(tracker.layers, named)[0].long()
-
-
-def in_flat_order(tracker: Tracker, H: Tensor) -> Tensor:
-    """H [p, p] in the order of the tracker's parameters, in the order of its layers' flat gradients instead."""
-    rows = flat_order(tracker)
-    return H[rows][:, rows]
-
-
-def undone(tracker: Tracker, H: Tensor) -> Tensor:
-    """The inverse of `in_flat_order`."""
-    back = flat_order(tracker).argsort()
-    return H[back][:, back]
 
 
 def cross_entropy(model: nn.Module, batch) -> Tensor:

@@ -1,135 +1,22 @@
-"""The explorer without a browser: who may talk to it, what comes next, what is written, what can be uploaded."""
+"""The explorer without a browser: what is decided is written down, and the panels show what there is."""
 
-import io
 import shlex
-import socket
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
+import explorers
 import pytest
 import torch
-from explorers import CLASSES, SUSPECTS, N, experiment, filled, issues, pictures
-from PIL import Image
+from explorers import CLASSES, LABELS, N, experiment, filled, issues, pictures
 from refusals import refused
 
 import upweight as uw
-from upweight.explorer import panels, suspects
-from upweight.explorer.guard import LOOPBACK, Guard
+from upweight.explorer import panels
 from upweight.explorer.page import _answered, decide
 from upweight.explorer.run import Run
-from upweight.explorer.suspects import Selection
-from upweight.explorer.uploads import read_query
 from upweight.report import build
 
-LABELS = Selection("label")
-
-
-@pytest.fixture
-def bundle():
-    return experiment()
-
-
-@pytest.fixture
-def run(bundle, tmp_path):
-    return Run(bundle, filled(tmp_path / "run", bundle))
-
-
-# Guard ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:7860", "[::1]:7860", "LOCALHOST:1"])
-def test_names_of_this_machine_pass(host):
-    assert Guard(None, LOOPBACK).refusal({"host": host, "origin": f"http://{host}"}, "POST") == ""
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {},
-        {"host": ""},
-        {"host": "evil.example"},
-        {"host": "localhost.evil.example:7860"},
-        {"host": "127.0.0.1@evil.example"},
-        {"host": "127.0.0.1.nip.io"},
-        {"host": "192.168.0.7:7860"},
-        {"host": "[::1"},
-        {"host": "localhost:7860", "origin": "http://localhost:3000"},
-        {"host": "localhost:7860", "origin": "null"},
-        {"host": "localhost:7860", "origin": "http://evil.example"},
-        {"host": "localhost:7860", "sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"},
-        {"host": "localhost:7860", "sec-fetch-site": "same-site", "sec-fetch-mode": "cors"},
-    ],
-)
-def test_other_pages_are_refused(headers):
-    assert Guard(None, LOOPBACK).refusal(headers, "GET")
-
-
-def test_a_link_from_elsewhere_may_be_followed_but_not_post():
-    followed = {"host": "localhost", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
-    guard = Guard(None, LOOPBACK)
-    assert guard.refusal(followed, "GET") == "" and guard.refusal(followed, "POST")
-
-
-def test_a_server_opened_to_a_network_admits_addresses_but_no_names():
-    guard = Guard(None, LOOPBACK | {"lab"}, any_address=True)
-    assert guard.refusal({"host": "192.168.0.7:7860"}, "GET") == guard.refusal({"host": "lab"}, "GET") == ""
-    assert guard.refusal({"host": "evil.example"}, "GET")
-
-
-# What comes next -----------------------------------------------------------------------------------------------------
-
-
-def walk(table, wanted, decided, row=None, by=1):
-    seen = []
-    while (row := suspects.step(table, wanted, decided, row, by)) is not None:
-        seen.append(int(table.columns["position"][row]))
-    return seen
-
-
-def test_suspects_come_in_the_order_of_severity(bundle):
-    table = issues(bundle)
-    assert walk(table, LABELS, {}) == SUSPECTS
-    assert walk(table, LABELS, {9: "any"}) == [4, 14, 19]
-    assert walk(table, Selection("label", show="decided"), {9: "any"}) == [9]
-    assert walk(table, Selection("label", show="all"), {9: "any"}) == SUSPECTS
-    assert walk(table, Selection("label", label=1), {}) == [4, 19]
-    assert len(walk(table, Selection("label", show="every"), {})) == N
-    assert walk(table, Selection("outlier"), {}) == []
-
-
-def test_back_leads_to_what_was_just_decided(bundle):
-    table = issues(bundle)
-    row = suspects.step(table, LABELS, {}, None)
-    after = suspects.step(table, LABELS, {4: "any"}, row)
-    assert table.columns["id"][after] == 9
-    assert suspects.step(table, LABELS, {4: "any"}, after, -1) == row
-    assert suspects.step(table, LABELS, {4: "any"}, row, -1) is None
-
-
-def test_a_row_outside_of_the_selection_has_neighbours_by_rank(bundle):
-    table = issues(bundle)
-    only = Selection("label", label=2)  # example 14 alone, the third
-    assert suspects.step(table, only, {}, 0, 1) == 2
-    assert suspects.step(table, only, {}, 3, 1) is None
-    assert suspects.step(table, only, {}, 3, -1) == 2
-
-
-def test_progress_counts_suspects_of_the_selection(bundle):
-    assert suspects.progress(issues(bundle), LABELS, {4: "any", 0: "any"}) == (1, 4)
-
-
-def test_a_hundred_thousand_rows_are_stepped_through_at_once():
-    n = 100_000
-    bundle = experiment(train=(torch.zeros(n, 64), torch.arange(n) % 3))
-    table = issues(bundle, range(0, n, 2))
-    decided = dict.fromkeys(range(0, n, 4))
-    started = time.process_time()
-    row = suspects.step(table, LABELS, decided, n // 4)
-    suspects.upcoming(table, LABELS, decided, row)
-    suspects.progress(table, LABELS, decided)
-    assert time.process_time() - started < 1.0
+bundle, run = explorers.bundle, explorers.run  # the fixtures
 
 
 # Decisions -----------------------------------------------------------------------------------------------------------
@@ -296,136 +183,6 @@ def test_pictures_that_are_gone_break_neither_the_explorer_nor_the_report(tmp_pa
     page = build(tmp_path, bundle).read_text(encoding="utf-8")
     assert "the training data cannot be read whole (FileNotFoundError" in page and "<b>here" not in page
     assert 'id="queries"' in page and 'id="issues"' in page
-
-
-# Uploads -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_row_of_numbers_is_a_query(tmp_path):
-    data = torch.randn(N, 3), torch.arange(N) % 2
-    bundle = uw.Experiment(torch.nn.Linear(3, 2), uw.Classification(), data, data)
-    predict = Run(bundle, tmp_path).live.predict
-    upload = read_query(bundle, None, "0.5, -1; 2e-1", None, predict)
-    torch.testing.assert_close(upload.batch[0], torch.tensor([[0.5, -1.0, 0.2]]))
-    assert upload.batch[1].tolist() == [int(bundle.model(upload.batch[0]).argmax())]
-    assert read_query(bundle, None, "1 2 3", 1.0, predict).batch[1].tolist() == [1]
-    for text, message in (
-        ("", "nothing to read"),
-        ("1, 2", "2 finite numbers, expected 3"),
-        ("1, 2, nan", "2 finite numbers, expected 3"),
-        ("1, 2, cat", "what is no number"),
-    ):
-        with refused(message):
-            read_query(bundle, None, text, None, predict)
-
-
-def test_what_is_no_picture_is_refused(run, bundle, tmp_path):
-    file = tmp_path / "x.png"
-    for content in (b"", b"<svg onload=alert(1)>", png((50, 50))[:500]):
-        file.write_bytes(content)
-        with refused("x.png is no picture that can be read"):
-            read_query(bundle, file, "", None, run.live.predict)
-    file.write_bytes(png((5000, 2)))
-    with refused("5000 x 2 pixels, expected at most 4096"):
-        read_query(bundle, file, "", None, run.live.predict)
-
-
-def png(size=(20, 10)):
-    out = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0]), dtype=np.uint8)
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
-def test_a_picture_of_another_size_is_scaled_and_its_reading_told(run, bundle, tmp_path):
-    file = tmp_path / "x.png"
-    file.write_bytes(png())
-    upload = read_query(bundle, file, "", 2.0, run.live.predict)
-    assert upload.batch[0].shape == (1, 1, 8, 8) and upload.batch[1].tolist() == [2]
-    assert "Scaled to 8 x 8 pixels; black became" in upload.note and upload.picture[:4] == b"\x89PNG"
-
-
-def test_read_is_the_users_own(tmp_path):
-    data = torch.zeros(N, 5, dtype=torch.int64), torch.arange(N) % 2
-    model = torch.nn.Sequential(torch.nn.Embedding(9, 2), torch.nn.Flatten(), torch.nn.Linear(10, 2))
-
-    def read(given):
-        return torch.tensor([int(word) for word in given.split()])
-
-    bundle = uw.Experiment(model, uw.Classification(), data, data, read=read)
-    predict = Run(bundle, tmp_path).live.predict
-    assert read_query(bundle, None, "1 2 3 4 5", 0.0, predict).batch[0].tolist() == [[1, 2, 3, 4, 5]]
-    with refused("read raised ValueError"):
-        read_query(bundle, None, "no numbers", None, predict)
-    with refused(r"was read as \[2\], expected a tensor of shape \[5\]"):
-        read_query(bundle, None, "1 2", None, predict)
-    without = uw.Experiment(model, uw.Classification(), data, data)
-    with refused("a text cannot be read as an input of shape"):
-        read_query(without, None, "1 2 3 4 5", None, predict)
-
-
-def test_read_must_be_a_function(bundle):
-    with refused("the experiment's read is str, expected a function"):
-        experiment(read="no")
-
-
-# Command line --------------------------------------------------------------------------------------------------------
-
-FILE = """
-from explorers import experiment
-def raises():
-    raise RuntimeError("no data today")
-"""
-
-
-@pytest.fixture
-def file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(FILE)
-    return "mine.py:experiment"
-
-
-def test_help_teaches(upweight):
-    code, out, _ = upweight("explore", "--help")
-    assert code == 0 and "Examples" in out and "decisions.sqlite" in out and "--host" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["missing.py:experiment"], "missing.py"),
-        (["mine.py:nothing"], "nothing"),
-        (["mine.py:raises"], "no data today"),
-        (["mine.py:experiment", "--method", "magic"], "there is no method 'magic'"),
-        (["mine.py:experiment", "--host", "no.such.host.invalid"], "is not known"),
-        (["mine.py:experiment", "--host", "192.0.2.1"], "is no address of this machine"),
-    ],
-)
-def test_what_is_wrong_is_one_line(upweight, file, arguments, message):
-    code, out, err = upweight("explore", *arguments, "--out", "run")
-    assert code == 2 and out == "" and "Traceback" not in err
-    assert message in err and "->" in err
-
-
-def test_a_taken_port_is_refused_if_it_was_asked_for_and_else_another_is_found(upweight, file, monkeypatch):
-    from upweight.explorer import server
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        code, _, err = upweight("explore", file, "--port", str(port), "--out", "run")
-        assert code == 2 and f"port {port} is taken" in err
-        monkeypatch.setattr(server, "PORT", port)
-        with server.listen("127.0.0.1", None) as found, server.listen("127.0.0.1", None) as third:
-            # Two explorers that start at the same time: the second sees that the first has the port.
-            assert third.getsockname()[1] > found.getsockname()[1] > port
-
-
-def test_decisions_of_another_experiment_are_refused(upweight, file, tmp_path):
-    uw.Decisions(tmp_path / "run" / "decisions.sqlite", "cars").set(1, "keep")
-    code, _, err = upweight("explore", file, "--out", "run")
-    assert code == 2 and "about experiment 'cars', this is 'pets'" in err
 
 
 def test_classes_are_named_as_the_experiment_names_them(run):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from networks import digits, trained
 from oracles import LOSS, flat, gradients, of_outputs
 from refusals import refused
-from test_influence import QUERY, TRAIN, small
+from small_problem import QUERY, TRAIN, small
 from torch import Tensor, nn
 
 import upweight as uw

@@ -4,12 +4,12 @@ import curvature_oracles as oracle
 import pytest
 import torch
 from cases_all import WITH_OUTPUTS, N, each, track
+from curvature_cases import CASES, DAMPING, FISHERS, QUERIES, Case, influence, key_of, recorded
+from curvature_cases import N as MEMBERS
 from curvature_oracles import relative
+from gauss_newton import parts
 from refusals import refused
 from sklearn.datasets import load_digits
-from test_curvature import CASES, DAMPING, FISHERS, QUERIES, Case, influence, key_of, recorded
-from test_curvature import N as MEMBERS
-from test_leverage import parts
 from torch import Tensor, nn
 
 import upweight as uw

@@ -1,12 +1,11 @@
 """Leaving examples out by Woodbury against dense inverses of the curvature without them, on every registered model."""
 
-import oracles
 import pytest
 import torch
 from cases_all import CASES, WITH_OUTPUTS, N, each, named, track
 from dense_inverse import DenseInverse
+from gauss_newton import parts
 from refusals import refused
-from test_exact_curvature import in_flat_order
 from torch import Tensor
 
 import upweight as uw
@@ -15,19 +14,6 @@ from upweight.gradients import Gradients
 from upweight.gradients.rowwise import combined, paired, weighted_sum
 
 TOLERANCE = 1e-10
-
-
-def parts(case) -> tuple[Gradients, list[Gradients], list[Tensor], Tensor]:
-    """Gradients, Fisher columns, every example's own Gauss-Newton matrix (by autograd), and the damped mean of all."""
-    model, batch, tracker = track(case)
-    gradients = tracker.train(batch, range(N))
-    columns = tracker.fisher(batch, range(N), "exact", 1, torch.Generator())
-    own = [
-        in_flat_order(tracker, oracles.fisher(case.kind, model, batch, i, case.parameters)) for i in range(N)
-    ]
-    H = sum(own) / N
-    damping = 0.05 * float(H.diagonal().mean())
-    return gradients, columns, own, H + damping * torch.eye(len(H), dtype=H.dtype)
 
 
 def close(found: Tensor, truth: Tensor, tolerance: float = TOLERANCE) -> None:

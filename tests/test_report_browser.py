@@ -4,8 +4,7 @@ import time
 
 import pytest
 from browser import Opened, chromium  # noqa: F401 - a fixture
-from run_folders import HOSTILE, everything, images, issues, put
-from test_report import hostile
+from run_folders import HOSTILE, everything, hostile, images, issues, put
 
 from upweight.report import build
 

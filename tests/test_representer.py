@@ -8,7 +8,7 @@ from networks import digits, trained
 from oracles import untouched
 from refusals import refused
 from sklearn.linear_model import LogisticRegression
-from test_influence import QUERY, TRAIN, small
+from small_problem import QUERY, TRAIN, small
 from torch import Tensor, nn
 
 import upweight as uw

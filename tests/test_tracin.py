@@ -7,7 +7,7 @@ import torch
 from oracles import LOSS, flat, gradients, of_outputs, untouched
 from refusals import refused
 from safetensors.torch import save_file
-from test_influence import QUERY, TRAIN, small
+from small_problem import QUERY, TRAIN, small
 from torch import Tensor, nn
 
 import upweight as uw
