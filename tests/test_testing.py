@@ -122,6 +122,7 @@ ATTRIBUTORS: dict[str, tuple[Make, set[str]]] = {
     "EL2N": (lambda m, t: uw.EL2N(m, t, checkpoints=nearby(m)), CONTROL),
     "AUM": (lambda m, t: uw.AUM(m, t, checkpoints=nearby(m)), CONTROL),
     "Random": (uw.Random, CONTROL),
+    "SameClass": (uw.SameClass, {"weight", "damping limit", "layers"}),
     "EmbeddingSimilarity": (uw.EmbeddingSimilarity, {"weight", "damping limit", "layers", "self-influence"}),
 }
 

@@ -34,7 +34,7 @@ class SameClass(Attributor):
         autocast: dtype for `torch.autocast` in that pass, or None.
         progress: show progress bars (in a terminal only).
 
-    Cost: reading the labels of the training data.
+    Cost: one forward pass over the training data, to check it as any method would.
 
     Fails when: the task has no classes (it is refused).
 
@@ -63,7 +63,7 @@ class SameClass(Attributor):
         self._labels = torch.zeros(0)
 
     def fit(self, train: Any, *, ids: Sequence[int | str] | None = None) -> SameClass:
-        """Read the labels.
+        """Read the labels, and check the data.
 
         Args:
             train: a Dataset, a DataLoader, or ``(inputs, targets)``.
@@ -77,6 +77,7 @@ class SameClass(Attributor):
         """
         examples = Examples(train, ids)
         self._forward = Forward(self, self.model, examples)
+        self._forward.check(examples)
         self._labels = self._labels_of(examples)
         self._remember(examples)
         return self
