@@ -63,7 +63,7 @@ def influence(curvature: str, **options) -> Make:
 
 
 CONTROL = {"sign", "zero gradient", "weight", "damping limit", "layers"}
-"""What is not asked of scores that do not compare the query with the example."""
+"""What is not asked of scores that know no gradient."""
 
 ATTRIBUTORS: dict[str, tuple[Make, set[str]]] = {
     # the factory, and the checks that do not apply to it
@@ -122,7 +122,7 @@ ATTRIBUTORS: dict[str, tuple[Make, set[str]]] = {
     "EL2N": (lambda m, t: uw.EL2N(m, t, checkpoints=nearby(m)), CONTROL),
     "AUM": (lambda m, t: uw.AUM(m, t, checkpoints=nearby(m)), CONTROL),
     "Random": (uw.Random, CONTROL),
-    "SameClass": (uw.SameClass, {"weight", "damping limit", "layers"}),
+    "SameClass": (uw.SameClass, CONTROL),
     "EmbeddingSimilarity": (uw.EmbeddingSimilarity, {"weight", "damping limit", "layers", "self-influence"}),
 }
 
