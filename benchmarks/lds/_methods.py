@@ -159,7 +159,6 @@ ALONG_THE_RUN: dict[str, Method] = {
     "EL2N, two early checkpoints": along_the_run("EL2N", 2),
     "AUM, checkpoints": along_the_run("AUM"),
     "TracIn, last layer": tracin(parameters="last_layer"),
-    "TracIn, projected to 256": tracin(projection=256),
 }
 CORRECTED: dict[str, Method] = {
     "EK-FAC, rescaled": influence("ekfac", dampings=(), correction="rescaled"),
