@@ -18,6 +18,7 @@ from upweight.task import Task
 CANDIDATES = 16
 """The probe is the two of the first examples with the largest losses: at a loss of zero nothing can be verified."""
 AT_A_TIME = 8
+"""Candidates whose losses are computed together."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from upweight.gradients.gradients import Gradients
 
 PROBE_QUERIES = 8
+"""Examples that stand in for queries; each counts alike, so that a few are enough."""
 FEWEST_EXAMPLES = 32
 """Of fewer training examples nothing can be measured, and the exact route costs nothing."""
 FEWEST_TERMS = 8
@@ -37,6 +38,7 @@ NO_GRADIENT = 1e-9
 RANK_SHARE = 0.8
 """Share of the error that leaving out further terms may make; the rest is for where terms begin."""
 TERMS_AT_A_TIME = 8
+"""Terms that are tried together: a matrix product for each would be mostly overhead."""
 BEGINNINGS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 """Where a term may begin, as shares of all rows or columns."""
 
