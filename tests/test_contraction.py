@@ -262,3 +262,11 @@ def test_separable_terms_are_not_used_where_they_do_not_apply():
     assert isinstance(prepared(router, asked), Dense)
     train = product(5, 1, 4, 6, seed=5)
     assert_equal(router.contract("layer", prepared(router, asked), train), asked.dense() @ train.dense().T)
+
+
+@pytest.mark.parametrize(("queries", "route"), [(1, "stream"), (200, "dense")])
+def test_many_queries_of_one_position_meet_formed_gradients(queries, route, monkeypatch):
+    """Streaming has smaller products for every query, measured at half the rate; forming costs once an example."""
+    monkeypatch.setattr(contraction, "measured_rates", lambda *_: contraction.Rates(90e9, 45e9, 40e9))
+    train = Factored((Piece(torch.zeros(300, 1, 512), torch.zeros(300, 1, 785)),))
+    assert Router().route("layer", Dense(torch.zeros(queries, 512 * 785)), train) == route
