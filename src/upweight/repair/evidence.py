@@ -197,7 +197,6 @@ class Evidence:
         if source != OUT_OF_SAMPLE[2]:
             return None
         method = self._embedding
-        assert method._forward is not None
         theirs = nearest(self.features, self.asked, method._collect(self.validation, method._forward))
         assert theirs is not None
         return votes(theirs, self.labels.values, self.labels.classes), self.trusted.values

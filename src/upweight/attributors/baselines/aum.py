@@ -181,9 +181,9 @@ class AUM(Trajectory):
     def _of_outputs(outputs: Tensor, targets: Tensor) -> Tensor:
         return -margins(outputs, targets)
 
-    def _own(self, examples: Examples, forward: Forward) -> Tensor:
+    def _score(self, examples: Examples, forward: Forward) -> Tensor:
         if self._log is None:
-            return super()._own(examples, forward)
+            return super()._score(examples, forward)
         return -self._log.mean(examples.ids).to(forward.dtype)
 
     def _facts(self) -> dict[str, Any]:

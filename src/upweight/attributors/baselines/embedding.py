@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upweight.attributors.base import Attributor
+from upweight.attributors.baselines.baseline import Baseline
 from upweight.attributors.baselines.forward import Forward
 from upweight.attributors.baselines.labels import class_labels
-from upweight.attributors.evidence import shared_info
 from upweight.attributors.last_layer import last_linear
 from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.gradients.tap import Tap
-from upweight.scores import Scores, SelfInfluence
 from upweight.task import Task
 from upweight.task.outputs import OutputTask, split_batch
 
 
-class EmbeddingSimilarity(Attributor):
+class EmbeddingSimilarity(Baseline):
     """Cosines of the features that the last linear layer sees, a baseline.
 
     ``scores[query, i] = <f_q, f_i> / (|f_q| |f_i|)``, between -1 and 1, and 0 where a feature vector is zero; no unit.
@@ -51,6 +47,10 @@ class EmbeddingSimilarity(Attributor):
         tensor([[0.8000, 0.6000]])
     """
 
+    _name = "embedding-similarity"
+    _weight = ""
+    _features = torch.zeros(0)
+
     def __init__(
         self,
         model: nn.Module,
@@ -62,32 +62,14 @@ class EmbeddingSimilarity(Attributor):
         autocast: torch.dtype | None = None,
         progress: bool = True,
     ) -> None:
-        super().__init__(model, task, None, memory, batch_size, autocast, progress)
+        super().__init__(
+            model, task, memory=memory, batch_size=batch_size, autocast=autocast, progress=progress
+        )
         if not (isinstance(neighbours, int) and neighbours >= 1):
             raise UpweightError(f"neighbours={neighbours!r}, expected a whole number from 1 up -> 10")
         self.neighbours = neighbours
-        self._forward: Forward | None = None
-        self._weight = ""
-        self._features = torch.zeros(0)
-        self._seconds = 0.0
 
-    def fit(self, train: Any, *, ids: Sequence[int | str] | None = None) -> EmbeddingSimilarity:
-        """Collect the features of the training data.
-
-        Args:
-            train: a Dataset, a DataLoader, or ``(inputs, targets)``; the data the model was trained on.
-            ids: one id per training example; positions if None.
-
-        Returns:
-            Itself.
-
-        Raises:
-            UpweightError: the loss uses no linear layer, the features do not fit the memory; or what is wrong with the
-                model, the task or the data, in one line.
-        """
-        started = time.perf_counter()
-        examples = Examples(train, ids)
-        self._forward = Forward(self, self.model, examples)
+    def _learn(self, examples: Examples) -> None:
         self._weight = last_linear(self.model, self.task, examples)[0]
         width = self.model.get_parameter(self._weight).shape[1]
         needed = examples.n * width * torch.finfo(self._forward.dtype).bits // 8
@@ -97,38 +79,13 @@ class EmbeddingSimilarity(Attributor):
                 f"{self.memory / 2**30:.2g} -> raise memory=, or fit on a part of the data"
             )
         self._features = self._collect(examples, self._forward)
-        self._seconds = round(time.perf_counter() - started, 3)
-        self._remember(examples)
-        return self
 
-    def attribute(self, query: Any, *, ids: Sequence[int | str] | None = None) -> Scores:
-        """Score every training example for every query.
+    def _compare(self, queries: Examples) -> Tensor:
+        return self._collect(queries, self._forward) @ self._features.T
 
-        Args:
-            query: queries in the form of the training data.
-            ids: one id per query; positions if None.
-
-        Returns:
-            `Scores` [query, train], without a unit.
-
-        Raises:
-            UpweightError: not fitted, or the queries do not fit the model.
-        """
+    def _own(self) -> Tensor:
+        """Disagreement of the nearest neighbours: the share of them, the example left out, with another label."""
         examples, _ = self._ready()
-        assert self._forward is not None
-        queries = Examples(query, ids)
-        values = self._collect(queries, self._forward) @ self._features.T
-        info = self._info() | {"queries": queries.fingerprint()}
-        return Scores(values, queries.ids, examples.ids, None, info)
-
-    def self_influence(self) -> SelfInfluence:
-        """Disagreement of the nearest neighbours: the share of them, the example left out, with another label.
-
-        Raises:
-            UpweightError: not fitted, the targets are not class labels, or there are no more examples than neighbours.
-        """
-        examples, _ = self._ready()
-        assert self._forward is not None
         labels = class_labels(self.task, examples, self._forward.batch_size, "neighbours agree or disagree")
         if examples.n <= self.neighbours:
             raise UpweightError(
@@ -143,8 +100,7 @@ class EmbeddingSimilarity(Attributor):
             cosines[rows, rows + start] = -torch.inf
             nearest = cosines.topk(self.neighbours, dim=1).indices
             values.append((labels[nearest] != labels[start : start + len(cosines), None]).double().mean(1))
-        info = self._info() | {"self_score": f"disagreement of {self.neighbours} nearest neighbours"}
-        return SelfInfluence(torch.cat(values).to(self._forward.dtype), examples.ids, None, info)
+        return torch.cat(values).to(self._forward.dtype)
 
     def _collect(self, examples: Examples, forward: Forward) -> Tensor:
         """Features [n, d] of length 1, or 0."""
@@ -176,10 +132,8 @@ class EmbeddingSimilarity(Attributor):
         weights = mask.to(positions.dtype)[..., None]
         return (weights * positions).sum(1) / weights.sum(1).clamp_min(1)
 
-    def _info(self) -> dict[str, Any]:
-        examples, fingerprints = self._ready()
-        forward = self._forward
-        assert forward is not None
-        size, dtype = forward.batch_size, forward.dtype
-        shared = shared_info("embedding-similarity", self, None, fingerprints, examples.n, size, dtype)
-        return shared | {"features_of": self._weight, "fit_seconds": self._seconds}
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "features_of": self._weight,
+            "self_score": f"disagreement of {self.neighbours} nearest neighbours",
+        }

@@ -65,7 +65,7 @@ class GradNorm(QueryBlind):
         self.parameters = parameters
         self._coverage: dict[str, Any] = {}
 
-    def _own(self, examples: Examples, forward: Forward) -> Tensor:
+    def _score(self, examples: Examples, forward: Forward) -> Tensor:
         source = Source(self, self.model, examples, keep=0)  # one pass: nothing is read again
         coverage = source.tracker.coverage
         shares = {"parameters": coverage.parameters, "squared_gradient_norm": coverage.squared_norm}

@@ -39,5 +39,5 @@ class Loss(QueryBlind):
 
     _name = "loss"
 
-    def _own(self, examples: Examples, forward: Forward) -> Tensor:
+    def _score(self, examples: Examples, forward: Forward) -> Tensor:
         return forward.over(examples, self.task.train_loss, "loss")

@@ -58,7 +58,7 @@ class Margin(QueryBlind):
         )
         self._task = classifier(task, "Margin", "the true class's logit with the others'")
 
-    def _own(self, examples: Examples, forward: Forward) -> Tensor:
+    def _score(self, examples: Examples, forward: Forward) -> Tensor:
         def negated(model: nn.Module, batch: Any) -> Tensor:
             return -margins(*self._task.forward(model, batch))
 

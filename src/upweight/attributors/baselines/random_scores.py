@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +11,14 @@ from scipy.special import ndtri
 from torch import Tensor, nn
 
 from upweight._trees import tensors_in
-from upweight.attributors.base import Attributor
-from upweight.attributors.baselines.forward import FORWARD_BATCH, Forward
-from upweight.attributors.evidence import shared_info
+from upweight.attributors.baselines.baseline import Baseline
+from upweight.attributors.baselines.forward import FORWARD_BATCH
 from upweight.data import Examples
 from upweight.errors import UpweightError
-from upweight.scores import Scores, SelfInfluence
 from upweight.task import Task
 
-CONTROL = "random numbers"
 
-
-class Random(Attributor):
+class Random(Baseline):
     """Random scores, a control: what no method may fall behind, and no metric may favour.
 
     ``scores[query, i]`` are independent standard normal numbers that depend on the seed and on the content of the query
@@ -50,6 +45,10 @@ class Random(Attributor):
         True
     """
 
+    _name = "random"
+    _control = "random numbers"
+    _digests = np.zeros(0, np.uint64)
+
     def __init__(
         self,
         model: nn.Module,
@@ -61,71 +60,30 @@ class Random(Attributor):
         autocast: torch.dtype | None = None,
         progress: bool = True,
     ) -> None:
-        super().__init__(model, task, None, memory, batch_size, autocast, progress)
+        super().__init__(
+            model, task, memory=memory, batch_size=batch_size, autocast=autocast, progress=progress
+        )
         self.seed = seed
-        self._forward: Forward | None = None
-        self._digests = np.zeros(0, np.uint64)
 
-    def fit(self, train: Any, *, ids: Sequence[int | str] | None = None) -> Random:
-        """Read the training data.
-
-        Args:
-            train: a Dataset, a DataLoader, or ``(inputs, targets)``.
-            ids: one id per training example; positions if None.
-
-        Returns:
-            Itself.
-
-        Raises:
-            UpweightError: what is wrong with the model or the data, in one line.
-        """
-        examples = Examples(train, ids)
-        self._forward = Forward(self, self.model, examples)
+    def _learn(self, examples: Examples) -> None:
         self._digests = _digests(examples)
-        self._remember(examples)
-        return self
 
-    def attribute(self, query: Any, *, ids: Sequence[int | str] | None = None) -> Scores:
-        """A random number for every query and training example.
-
-        Args:
-            query: queries in the form of the training data.
-            ids: one id per query; positions if None.
-
-        Returns:
-            `Scores` [query, train], without a unit.
-
-        Raises:
-            UpweightError: not fitted, or the queries do not fit the model.
-        """
-        examples, _ = self._ready()
-        assert self._forward is not None
-        queries = Examples(query, ids)
+    def _compare(self, queries: Examples) -> Tensor:
         self._forward.check(queries)
-        rows = [self._normal(digest) for digest in _digests(queries)]
-        info = self._info() | {"queries": queries.fingerprint()}
-        return Scores(torch.stack(rows), queries.ids, examples.ids, None, info)
+        return torch.stack([self._normal(digest) for digest in _digests(queries)])
 
-    def self_influence(self) -> SelfInfluence:
-        """A random number for every training example: its score for itself."""
-        examples, _ = self._ready()
-        return SelfInfluence(self._normal(self._digests), examples.ids, None, self._info())
+    def _own(self) -> Tensor:
+        return self._normal(self._digests)
 
     def _normal(self, query: Any) -> Tensor:
         """Standard normal numbers [train], of one query's digest or of one query each."""
-        assert self._forward is not None
         seed = np.frombuffer(hashlib.blake2b(str(self.seed).encode(), digest_size=8).digest(), np.uint64)
         bits = _mix(_mix(_mix(self._digests + seed) ^ query))
         uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
         return torch.from_numpy(ndtri(uniform)).to(self._forward.dtype)
 
-    def _info(self) -> dict[str, Any]:
-        examples, fingerprints = self._ready()
-        forward = self._forward
-        assert forward is not None
-        size, dtype = forward.batch_size, forward.dtype
-        shared = shared_info("random", self, None, fingerprints, examples.n, size, dtype)
-        return shared | {"control": CONTROL, "seed": self.seed}
+    def _facts(self) -> dict[str, Any]:
+        return {"seed": self.seed}
 
 
 def _digests(examples: Examples) -> np.ndarray:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from upweight.attributors.base import Attributor
-from upweight.attributors.baselines.forward import Forward, classifier
+from upweight.attributors.baselines.baseline import Baseline
+from upweight.attributors.baselines.forward import classifier
 from upweight.attributors.baselines.labels import class_labels
-from upweight.attributors.evidence import shared_info
 from upweight.data import Examples
-from upweight.scores import Scores, SelfInfluence
 from upweight.task import Task
 
-CONTROL = "labels alone"
 
-
-class SameClass(Attributor):
+class SameClass(Baseline):
     """One for training examples of the query's class, zero for the others, a baseline.
 
     ``scores[query, i] = 1 if y_i = y_query else 0``; no unit. A network that has learned little yet, or that is
@@ -47,6 +40,10 @@ class SameClass(Attributor):
         tensor([[1., 0., 1.]])
     """
 
+    _name = "same-class"
+    _control = "labels alone"
+    _labels = torch.zeros(0)
+
     def __init__(
         self,
         model: nn.Module,
@@ -58,66 +55,19 @@ class SameClass(Attributor):
         progress: bool = True,
     ) -> None:
         classifier(task, "SameClass", "class labels")
-        super().__init__(model, task, None, memory, batch_size, autocast, progress)
-        self._forward: Forward | None = None
-        self._labels = torch.zeros(0)
+        super().__init__(
+            model, task, memory=memory, batch_size=batch_size, autocast=autocast, progress=progress
+        )
 
-    def fit(self, train: Any, *, ids: Sequence[int | str] | None = None) -> SameClass:
-        """Read the labels, and check the data.
-
-        Args:
-            train: a Dataset, a DataLoader, or ``(inputs, targets)``.
-            ids: one id per training example; positions if None.
-
-        Returns:
-            Itself.
-
-        Raises:
-            UpweightError: what is wrong with the model or the data, in one line.
-        """
-        examples = Examples(train, ids)
-        self._forward = Forward(self, self.model, examples)
-        self._forward.check(examples)
+    def _learn(self, examples: Examples) -> None:
         self._labels = self._labels_of(examples)
-        self._remember(examples)
-        return self
 
-    def attribute(self, query: Any, *, ids: Sequence[int | str] | None = None) -> Scores:
-        """One or zero for every query and training example.
+    def _compare(self, queries: Examples) -> Tensor:
+        return (self._labels_of(queries)[:, None] == self._labels).to(self._forward.dtype)
 
-        Args:
-            query: queries in the form of the training data.
-            ids: one id per query; positions if None.
-
-        Returns:
-            `Scores` [query, train], without a unit.
-
-        Raises:
-            UpweightError: not fitted, or the queries do not fit the model.
-        """
-        examples, _ = self._ready()
-        assert self._forward is not None
-        queries = Examples(query, ids)
-        self._forward.check(queries)
-        same = self._labels_of(queries)[:, None] == self._labels
-        info = self._info() | {"queries": queries.fingerprint()}
-        return Scores(same.to(self._forward.dtype), queries.ids, examples.ids, None, info)
-
-    def self_influence(self) -> SelfInfluence:
-        """One for every training example: its score for itself."""
-        examples, _ = self._ready()
-        assert self._forward is not None
-        ones = torch.ones(examples.n, dtype=self._forward.dtype)
-        return SelfInfluence(ones, examples.ids, None, self._info())
+    def _own(self) -> Tensor:
+        return torch.ones(len(self._labels), dtype=self._forward.dtype)
 
     def _labels_of(self, examples: Examples) -> Tensor:
-        assert self._forward is not None
+        self._forward.check(examples)
         return class_labels(self.task, examples, self._forward.batch_size, "SameClass compares them")
-
-    def _info(self) -> dict[str, Any]:
-        examples, fingerprints = self._ready()
-        forward = self._forward
-        assert forward is not None
-        size, dtype = forward.batch_size, forward.dtype
-        shared = shared_info("same-class", self, None, fingerprints, examples.n, size, dtype)
-        return shared | {"control": CONTROL}

@@ -44,7 +44,7 @@ class Trajectory(QueryBlind):
         """One number an example, [batch], of logits [batch, class] or [batch]."""
         raise NotImplementedError
 
-    def _own(self, examples: Examples, forward: Forward) -> Tensor:
+    def _score(self, examples: Examples, forward: Forward) -> Tensor:
         def score(model: nn.Module, batch: Any) -> Tensor:
             return self._of_outputs(*self._task.forward(model, batch))
 
