@@ -61,7 +61,10 @@ def test_gradient_cosines_are_those_of_autograd():
     data = blobs(dtype=torch.float64)[0]
     model = trained(data, steps=20)
     evidence = Evidence(model, uw.Classification(), uw.Examples(data), Options(**QUIET))
-    loss = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")  # noqa: E731
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
     g = flat_gradients(model, loss, data)
     left, right = list(range(100)), list(range(50, 150))
     expected = nn.functional.cosine_similarity(g[left], g[right])

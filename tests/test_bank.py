@@ -32,7 +32,7 @@ def test_outcomes_are_the_measurements_of_models_trained_by_hand(tmp_path):
     assert (report.trained, report.finished, report.failed) == (8, 8, [])
     outcomes = made.outcomes("queries")
     assert outcomes.values.shape == (4, 2, 6) and not outcomes.higher_is_better
-    for run in made._runs():
+    for run in made._plan:
         np.testing.assert_array_equal(outcomes.values[run.subset, run.seed], by_hand(run))
     np.testing.assert_array_equal(outcomes.masks, made.subsets.masks)
 
@@ -43,7 +43,7 @@ def test_a_margin_is_kept_in_loss_orientation(tmp_path):
     x, y = problem()[1]
     made.measure((x, y), "queries")
     made.run()
-    outcomes, run = made.outcomes("queries"), made._run(1, 0)
+    outcomes, run = made.outcomes("queries"), made._plan.run(1, 0)
     logits = Trainer()(run.indices, 0)(x).detach()
     margin = logits.gather(1, y[:, None])[:, 0] - logits.gather(1, 1 - y[:, None])[:, 0]
     np.testing.assert_allclose(outcomes.values[1, 0], -margin, atol=1e-6)

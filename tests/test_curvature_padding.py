@@ -68,7 +68,7 @@ def test_kfac_counts_real_positions_only():
     for i in range(9):
         length = int(real[i].sum())
         kept: list[Tensor] = []
-        handle = model.v.register_forward_hook(lambda m, args, z: kept.append(z))  # noqa: B023
+        handle = model.v.register_forward_hook(lambda m, args, z, kept=kept: kept.append(z))
         outputs = model(x[i : i + 1, :length], real[i : i + 1, :length])
         handle.remove()
         a = torch.cat([x[i, :length], torch.ones(length, 1, dtype=torch.float64)], 1)

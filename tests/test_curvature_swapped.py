@@ -97,7 +97,7 @@ def test_kfac_of_a_transposed_convolution(fisher: str):
     for i in range(N):
         x = train[0][i : i + 1]
         kept: list[Tensor] = []
-        handle = model.up.register_forward_hook(lambda m, args, z: kept.append(z))  # noqa: B023
+        handle = model.up.register_forward_hook(lambda m, args, z, kept=kept: kept.append(z))
         scalars = columns[i](model(x), train[1][i : i + 1])
         handle.remove()
         B = B + x[0] @ x[0].T / N

@@ -158,16 +158,20 @@ def test_tolerance_bounds_the_error_of_approximate_routes(fisher: str):
         if tolerance > 1e-3:  # so small layers may be exact at that
             assert any("separable" in route for route in scores.info["routes"].values())
             assert 0.1 * errors[-1] < scores.info["separable_error"] < 10 * errors[-1]
-    assert errors[0] > errors[1] > errors[2] or errors[2] == 0
+    assert errors[0] > errors[1] > errors[2]
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
 
 PEAK = """
-    import resource, sys, torch
+    import sys, torch
     import torch.nn as nn
+    from pathlib import Path
     import upweight as uw
 
+    def status(key):  # of this process alone: getrusage begins with what the parent had at the time of exec
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     n, queries, memory = map(int, sys.argv[1:])
@@ -181,14 +185,14 @@ PEAK = """
     model = Model().eval()
     x, y = torch.randn(n, 1, 64).expand(-1, 32, -1), torch.randint(0, 10, (n,))
     q, qy = torch.randn(queries, 32, 64), torch.randint(0, 10, (queries,))
-    # what importing and calling torch takes anyway
-    model(q[:2]).sum().backward()
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     options = {"memory": memory << 20, "fisher": "empirical", "progress": False}
-    method = uw.Influence(model, uw.Classification(), **options).fit((x, y))
-    method.attribute((q, qy)), method.self_influence()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print((peak - base) >> 10)
+    def work(n, queries):
+        method = uw.Influence(model, uw.Classification(), **options).fit((x[:n], y[:n]))
+        method.attribute((q[:queries], qy[:queries])), method.self_influence()
+    work(8, 2)  # what loading torch's and our own code takes anyway
+    base = status("VmRSS")
+    work(n, queries)
+    print((status("VmHWM") - base) >> 10)
 """
 
 
@@ -213,5 +217,7 @@ def peak(n: int, queries: int, memory: int) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux reports it")
 def test_memory_stays_within_the_budget():
     """Gradients that take more than the budget, and the same with room for them."""
-    assert peak(3000, 300, 128) < 128 * 1.2
-    assert peak(3000, 300, 2000) > 128 * 1.2
+    buffers = 40  # megabytes that matrix products and the allocator take whatever the budget
+    assert peak(3000, 300, 64) < 64 + buffers  # two panels of queries at a time would take 50 more
+    assert peak(3000, 300, 128) < 128 + buffers
+    assert peak(3000, 300, 2000) > 128 + buffers

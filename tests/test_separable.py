@@ -96,9 +96,8 @@ def test_few_training_examples_take_the_exact_route(n, separable):
     )
     scores, expected = (each.attribute((x[:5], y[:5])) for each in (method, exact))
     assert any("separable" in route for route in scores.info["routes"].values()) == separable
-    assert float((scores.values - expected.values).norm() / expected.values.norm()) < (
-        0.1 if separable else 1e-6
-    )
+    error = float((scores.values - expected.values).norm() / expected.values.norm())
+    assert error < (5e-2 if separable else 1e-6)
 
 
 def test_later_terms_begin_later_within_the_tolerance():

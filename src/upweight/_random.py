@@ -21,19 +21,19 @@ def preserved(devices: Sequence[torch.device] = ()) -> Iterator[None]:
         >>> random.getstate() == before
         True
     """
-    ours, numpys = random.getstate(), np_random.get_state()  # noqa: NPY002 - the global one is what user code draws from
+    ours, numpys = random.getstate(), np_random.get_state()
     with torch.random.fork_rng(devices=list(devices)):
         try:
             yield
         finally:
             random.setstate(ours)
-            np_random.set_state(numpys)  # noqa: NPY002
+            np_random.set_state(numpys)
 
 
 def reseed(seed: int) -> None:
     """Seed every global random state, inside `preserved`."""
     random.seed(seed)
-    np_random.seed(seed)  # noqa: NPY002
+    np_random.seed(seed)
     if torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available():
         torch.manual_seed(seed)
     else:  # it would make a note of the whole call stack for every kind of accelerator that is not there

@@ -320,9 +320,7 @@ def _open_loader(loader: DataLoader) -> _Tensors | _Items | _Stream:
     if type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
         return _Stream(loader)  # batches of its own making, or none: the data set gives whole batches
     if isinstance(loader.dataset, IterableDataset) or not (in_order or whole_shuffle):
-        return _Stream(
-            loader
-        )  # a sampler that picks its own subset: its order must hold still, which is checked
+        return _Stream(loader)  # a sampler picks its own subset: that its order holds still is checked
     if isinstance(loader.dataset, TensorDataset) and loader.collate_fn is torch_collate:
         return _Tensors(tuple(loader.dataset.tensors))
     # A plain shuffle only permutes: row i of a result belongs to dataset[i], as a user would look it up.

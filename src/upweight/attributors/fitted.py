@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upweight.attributors.exact import fit_exact
+from upweight.attributors.manifest import first_losses, gradients_manifest
 from upweight.budget import KEEP_SHARE, batch_size_for
 from upweight.cache import Cache, CachePass, SavedCurvature, shard_examples
 from upweight.curvature import Curvature, fit_curvature
@@ -29,7 +30,6 @@ from upweight.progress import progress_bar
 from upweight.task import FisherKind, resolve_fisher
 
 if TYPE_CHECKING:
-    from upweight.attributors.base import Attributor
     from upweight.attributors.influence import Influence
 
 KRONECKER = ("kfac", "ekfac")
@@ -127,7 +127,7 @@ def fit_influence(
     training = _training_pass(method, tracker, examples, size, example_bytes, cache)
     saved = None
     if cache is not None:
-        manifest = run_manifest(method, tracker, examples)
+        manifest = gradients_manifest(method, tracker, examples)
         saved = SavedCurvature(cache, manifest, first_losses(tracker, examples))
     index = columns = keeper = None
     rotated: dict[str, Kronecker] = {}
@@ -173,30 +173,6 @@ def _resolve_fisher(method: Influence, tracker: Tracker, examples: Examples) -> 
         return resolve_fisher(method.task, method.model, batch, method.fisher, method.draws)
 
 
-def run_manifest(method: Influence | Attributor, tracker: Tracker, examples: Examples) -> dict[str, Any]:
-    """What training gradients on disk belong to: this model, this loss, these layers, this data."""
-    return {
-        "holds": "training gradients",
-        "model": model_fingerprint(method.model),
-        "train": examples.fingerprint(),
-        "n": examples.n,
-        "task": method.task.name,
-        "mask": method.task.mask is not None,
-        "layers": {name: [layer.how, layer.numel] for name, layer in tracker.layers.items()},
-        "dtype": str(tracker.dtype),
-        "autocast": str(method.autocast),
-    }
-
-
-def first_losses(tracker: Tracker, examples: Examples) -> list[float]:
-    """Training losses of the first few examples: two losses of one name would otherwise pass for the same."""
-    with torch.no_grad():
-        losses = tracker.task.train_loss(
-            tracker.model, tracker.move(examples.take(range(min(examples.n, 8))))
-        )
-    return [float(loss) for loss in losses]
-
-
 def _training_pass(
     method: Influence,
     tracker: Tracker,
@@ -210,7 +186,7 @@ def _training_pass(
     rows = examples.preferred_batch_size or shard_examples(examples, example_bytes)
     source = ModelPass(tracker, examples, rows)
     stored = CachePass(
-        cache, run_manifest(method, tracker, examples), source, first_losses(tracker, examples)
+        cache, gradients_manifest(method, tracker, examples), source, first_losses(tracker, examples)
     )
     with progress_bar("training gradients", examples.n, method.progress) as advance:
         stored.write(advance)
@@ -265,7 +241,7 @@ def _build_index(
     inverse = curvature.inverse(method.damping)
     rows = examples.preferred_batch_size or shard_examples(examples, example_bytes)
     manifest = {
-        **run_manifest(method, tracker, examples),
+        **gradients_manifest(method, tracker, examples),
         "holds": "index",
         "curvature": [method.curvature, *fisher, method.seed],
         "damping": dict(inverse.damping),

@@ -23,8 +23,9 @@ from upweight.attributors.changes import TrainingSetChanges
 from upweight.attributors.corrections import Corrected, Correction, check_correction
 from upweight.attributors.evidence import influence_info, measure_separable_error
 from upweight.attributors.exact import check_curvature, solve_evidence, solver_name
-from upweight.attributors.fitted import CALIBRATED, Fitted, first_losses, fit_influence, run_manifest, spread
+from upweight.attributors.fitted import CALIBRATED, Fitted, fit_influence, spread
 from upweight.attributors.functional import FunctionalQueries, functional_gradients, functional_queries
+from upweight.attributors.manifest import first_values, scores_manifest
 from upweight.attributors.tiles import WHOLE, ScoreTiles, fill_tiles
 from upweight.budget import KEEP_SHARE, PANEL_SHARE, batch_size_for, parse_memory
 from upweight.cache import Cache
@@ -212,7 +213,10 @@ class Influence(TrainingSetChanges):
         correction = Correction(self, fitted, inverse)
         names = list(fitted.tracker.layers) if per_layer else None
         grid = {"panel": self._panel_size(queries.n), "step": fitted.step}
-        manifest, evidence = self._result_manifest(queries, per_layer), self._evidence(queries, out)
+        manifest = scores_manifest(
+            self, fitted.tracker, fitted.examples, queries, per_layer, self._settings(fitted)
+        )
+        evidence = first_values(fitted.tracker, fitted.examples, queries, out)
 
         def panel(start: int, stop: int) -> Any:
             return self._preconditioned(queries, start, stop, correction.queries, router)
@@ -278,9 +282,7 @@ class Influence(TrainingSetChanges):
             fitted = self._ready()
             terms = {}
             if fitted.sample is not None and self.correction != "rescaled":  # which leaves out of the filter
-                inverse: Any = fitted.curvature.inverse(
-                    self.damping
-                )  # a Kronecker one, or there is no sample
+                inverse: Any = fitted.curvature.inverse(self.damping)  # Kronecker, or there is no sample
                 terms = find_terms(inverse, fitted.sample, self.tolerance)
             self._routers[key] = Router(terms)
         return self._routers[key]
@@ -377,42 +379,15 @@ class Influence(TrainingSetChanges):
     def _unit(self, unit: str) -> str | None:
         return unit if self.curvature in CALIBRATED and self.correction in (None, "rescaled") else None
 
-    def _result_manifest(self, queries: Examples | FunctionalQueries, per_layer: bool) -> dict[str, Any]:
-        fitted = self._ready()
-        return {
-            **run_manifest(self, fitted.tracker, fitted.examples),
-            "holds": "scores",
-            "queries": queries.fingerprint(),
-            "measurement": str(getattr(self.task, "measurement", "function")),
+    def _settings(self, fitted: Fitted) -> dict[str, Any]:
+        """What scores depend on besides the gradients."""
+        settings = {
             "curvature": [self.curvature, *fitted.fisher, self.seed],
-            **(
-                {"solver": solver_name(fitted.curvature), "l2": describe_l2(self.l2)}
-                if self.curvature in EXACT_KINDS
-                else {}
-            ),
-            "damping": repr(
-                self.damping
-            ),  # the rule: its numbers may differ in the last digit from fit to fit
+            "damping": repr(self.damping),  # the rule: its numbers may differ in a last digit from fit to fit
             "tolerance": self.tolerance,
-            **({"correction": self.correction} if self.correction else {}),
-            "per_layer": per_layer,
         }
-
-    def _evidence(
-        self, queries: Examples | FunctionalQueries, out: str | os.PathLike[str] | None
-    ) -> dict[str, list[float]]:
-        """The first losses and measurements, which tell two functions of one name apart when a run is resumed."""
-        if out is None:
-            return {}
-        fitted = self._ready()
-        if isinstance(queries, FunctionalQueries):
-            values = [float(f.value(self.model)) for f in queries.functionals[:8]]
-            return {"training loss": first_losses(fitted.tracker, fitted.examples), "measurement": values}
-        batch = queries.take(range(min(queries.n, 8)))
-
-        def measured() -> Tensor:
-            with torch.no_grad():
-                return self.task.measure(self.model, fitted.tracker.move(batch))
-
-        measurements = [float(m) for m in self._explained(batch, measured)]
-        return {"training loss": first_losses(fitted.tracker, fitted.examples), "measurement": measurements}
+        if self.curvature in EXACT_KINDS:
+            settings |= {"solver": solver_name(fitted.curvature), "l2": describe_l2(self.l2)}
+        if self.correction:
+            settings["correction"] = self.correction
+        return settings

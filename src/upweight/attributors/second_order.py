@@ -36,9 +36,8 @@ def bend(tracker: Tracker, measure: Measure, step: Mapping[str, Tensor]) -> Tens
     with tracker.quietly(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         measured = torch.func.functional_call(wrapped, moved, ())
-        weights = torch.ones_like(
-            measured, requires_grad=True
-        )  # one number a query, to take all second derivatives apart
+        # One number a query, to take all second derivatives apart.
+        weights = torch.ones_like(measured, requires_grad=True)
         first = _slope((weights * measured).sum(), e)
         second = _slope(first, e) if first is not None else None
         bent = _slope(second, weights) if second is not None else None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from upweight.attributors.base import Attributor, explained_by_form
-from upweight.attributors.fitted import first_losses, run_manifest
 from upweight.attributors.last_layer import parameter_filter
+from upweight.attributors.manifest import first_values, scores_manifest
 from upweight.attributors.tiles import WHOLE, ScoreTiles, fill_tiles
 from upweight.budget import KEEP_SHARE, PANEL_SHARE, batch_size_for
 from upweight.curvature.operators import Identity
@@ -73,7 +73,8 @@ class Source:
         """
         names = list(self.tracker.layers) if per_layer else None
         grid = {"panel": self._panel_size(queries.n), "step": self.batch_size}
-        manifest, evidence = self._manifest(queries, per_layer, settings), self._evidence(queries, out)
+        manifest = scores_manifest(self.method, self.tracker, self.examples, queries, per_layer, settings)
+        evidence = first_values(self.tracker, self.examples, queries, out)
 
         def product(query: Gradients, train: Gradients) -> dict[str, Tensor]:
             return query.by_layer(train.T) if per_layer else {WHOLE: query @ train.T}
@@ -112,29 +113,6 @@ class Source:
         numbers = sum(layer.numel for layer in self.tracker.layers.values())
         per_query = numbers * torch.finfo(self.dtype).bits // 8 + self.example_bytes
         return max(1, min(queries, int(self.method.memory * PANEL_SHARE / per_query)))
-
-    def _manifest(self, queries: Examples, per_layer: bool, settings: dict[str, Any]) -> dict[str, Any]:
-        return {
-            **run_manifest(self.method, self.tracker, self.examples),
-            "holds": "scores",
-            "queries": queries.fingerprint(),
-            "measurement": str(getattr(self.method.task, "measurement", "function")),
-            "per_layer": per_layer,
-            **settings,
-        }
-
-    def _evidence(self, queries: Examples, out: str | os.PathLike[str] | None) -> dict[str, list[float]]:
-        """The first losses and measurements, which tell two functions of one name apart when a run is resumed."""
-        if out is None:
-            return {}
-        batch = queries.take(range(min(queries.n, 8)))
-
-        def measured() -> Tensor:
-            with torch.no_grad():
-                return self.method.task.measure(self.tracker.model, self.tracker.move(batch))
-
-        measurements = [float(m) for m in explained_by_form(batch, self.signature, measured)]
-        return {"training loss": first_losses(self.tracker, self.examples), "measurement": measurements}
 
 
 class _Transformed:

@@ -163,6 +163,7 @@ def fill_tiles(
                 if not tiles.has(start, step.start):
                     tiles.write(start, step.start, product(queries, step.load()))
                 advance(step.stop - step.start)
+            del queries  # before the next panel is made, or two would be held
 
 
 def _key(query: int, train: int) -> str:

@@ -232,9 +232,7 @@ class DualInverse:
 
     def quadratic(self, gradients: Gradients) -> dict[str, Tensor]:
         """``g^T (H + d I)^-1 g`` of every example, {"": [batch]}."""
-        item = (
-            8 * 8
-        )  # a solution, its residual and the vectors of conjugate gradients, most of them in two precisions
+        item = 8 * 8  # a solution, its residual and the vectors of the iteration, most in two precisions
         height = max(1, int(self.curvature.memory / 8 / (self.columns.size * item)))
         parts = []
         for a in range(0, gradients.batch, height):

@@ -24,11 +24,11 @@ from upweight.errors import CacheMismatchError, UpweightError
 from upweight.evaluate.checks import (
     check_inputs_matter,
     function_digest,
-    most_different,
     warn_of_changed_code,
 )
 from upweight.evaluate.outcomes import Outcomes
 from upweight.evaluate.parallel import in_parallel
+from upweight.evaluate.plan import Plan
 from upweight.evaluate.records import BankReport, attempt_key, kept_state, later_key, plain_ids, run_key
 from upweight.evaluate.runs import Finished, Run, remeasure, train_and_measure
 from upweight.evaluate.subsets import Subsets, half_subsets
@@ -130,6 +130,7 @@ class RetrainingBank:
         self.keep_models, self.model_fn, self.settings = keep_models, model_fn, dict(settings or {})
         self.n_jobs = n_jobs if n_jobs is not None else 1 if backend == "loky" else -1
         self.backend, self.progress = backend, progress
+        self._plan = Plan(self.subsets, self.seeds)
         self._queries: dict[str, Examples] = {}
         if (self.folder / "manifest.json").exists():
             with self._reading() as store:
@@ -155,7 +156,7 @@ class RetrainingBank:
             return
         with self._reading() as store:
             self._check_query(store, name, examples)
-            missing = [run for run in self._runs() if store.has(run.key) and not self._has(store, run, name)]
+            missing = [run for run in self._plan if store.has(run.key) and not self._has(store, run, name)]
         self._queries[name] = examples
         if not missing:
             return
@@ -193,7 +194,7 @@ class RetrainingBank:
             self._check_runs(store)
             for name, examples in self._queries.items():
                 self._check_query(store, name, examples)
-            waves = self._waves()
+            waves = self._plan.waves()
             todo = [[run for run in wave if self._outstanding(store, run)] for wave in waves]
             with progress_bar("retraining", sum(map(len, todo)), self.progress) as advance:
                 for number, wave in enumerate(todo):
@@ -208,7 +209,7 @@ class RetrainingBank:
                         check_inputs_matter(store, waves[0])
             failed = [
                 (run.subset, run.seed, store.meta(attempt_key(run, ATTEMPTS))["error"])
-                for run in self._runs()
+                for run in self._plan
                 if not store.has(run.key)
             ]
         planned = len(self.subsets) * len(self.seeds)
@@ -239,7 +240,7 @@ class RetrainingBank:
         ids: Sequence[int | str] | None = None
         seconds, outstanding = 0.0, 0
         with self._reading() as store:
-            for run in self._runs():
+            for run in self._plan:
                 if not store.has(run.key):
                     outstanding += self._outstanding(store, run)
                     continue
@@ -273,36 +274,7 @@ class RetrainingBank:
             model.load_state_dict(kept_state(store.read(run_key(subset, seed))))
         return model.eval()
 
-    # Which runs --------------------------------------------------------------------------------------------------
-
-    def _runs(self) -> Iterator[Run]:
-        # Seeds are the outer loop: a bank stopped early has every subset before it has a second seed of one.
-        for seed in self.seeds:
-            for subset in range(len(self.subsets)):
-                yield self._run(subset, seed)
-
-    def _run(self, subset: int, seed: int) -> Run:
-        return Run(
-            subset,
-            seed,
-            run_key(subset, seed),
-            self.subsets.positions(subset),
-            dict(self.subsets.labels[subset]),
-        )
-
-    def _waves(self) -> list[list[Run]]:
-        """First the few models that show whether train_fn heeds its indices and its seed, then the rest."""
-        a, b = most_different(self.subsets)
-        first = [self._run(a, self.seeds[0])]
-        if b is None:  # all subsets are nearly the same: two halves, for this question alone
-            for half, indices in enumerate(np.array_split(np.arange(self.n), 2)):
-                if len(indices):
-                    first.append(Run(-1 - half, self.seeds[0], f"probe-{half}", indices, {}))
-        else:
-            first.append(self._run(b, self.seeds[0]))
-        first += [self._run(a, seed) for seed in self.seeds[1:2]]
-        taken = {run.key for run in first}
-        return [first, [run for run in self._runs() if run.key not in taken]]
+    # Work --------------------------------------------------------------------------------------------------------
 
     def _outstanding(self, store: ShardStore, run: Run) -> bool:
         return not store.has(run.key) and not store.has(attempt_key(run, ATTEMPTS))
@@ -393,7 +365,7 @@ class RetrainingBank:
 
     def _check_runs(self, store: ShardStore) -> None:
         """Refuse a folder whose models were trained on other subsets."""
-        for run in self._runs():
+        for run in self._plan:
             if store.has(run.key) and store.meta(run.key)["subset"] != self.subsets.digest(run.subset):
                 name = self.subsets.names[run.subset]
                 raise CacheMismatchError(
@@ -404,7 +376,7 @@ class RetrainingBank:
 
     def _check_query(self, store: ShardStore, name: str, examples: Examples) -> None:
         fingerprint = examples.fingerprint()
-        for run in self._runs():
+        for run in self._plan:
             if not store.has(run.key):
                 continue
             theirs = self._about(store, run, name).get("fingerprint")

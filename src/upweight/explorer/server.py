@@ -102,9 +102,7 @@ def listen(host: str, port: int | None) -> socket.socket:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             found.bind(address)
-            found.listen(
-                128
-            )  # now: of two sockets that are only bound, the second to listen would fail later
+            found.listen(128)  # now: of two sockets only bound, the second to listen would fail later
             return found
         except OSError as error:
             found.close()

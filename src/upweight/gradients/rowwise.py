@@ -81,13 +81,9 @@ def weighted_sum(gradients: Gradients, weights: Tensor) -> Gradients:
 
 
 def _weighted_sum(block: Block, weights: Tensor) -> Tensor:
-    if isinstance(block, Factored) and len(weights) < len(
-        block
-    ):  # one matrix product a row, nothing per example
-        left, right = (
-            block.left(),
-            block.right().flatten(1, 2),
-        )  # [group, batch, position, R], [group, batch * T, C]
+    if isinstance(block, Factored) and len(weights) < len(block):
+        # One matrix product a row, nothing per example: [group, batch, T, R] with [group, batch * T, C].
+        left, right = block.left(), block.right().flatten(1, 2)
         rows = [
             torch.bmm((left * w[:, None, None]).flatten(1, 2).mT, right).reshape(-1)
             for w in weights.to(left.dtype)

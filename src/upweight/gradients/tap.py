@@ -190,9 +190,8 @@ class Tap(TorchFunctionMode):
         self._strangers({n: t for n, t in touched.items() if n not in (weight, bias)}, func)
         needed = call.x if weight is not None else None  # a bias needs no input
         version = needed._version if needed is not None else 0
-        x = (
-            needed.detach() if needed is not None else None
-        )  # shares memory and version counter, drops the graph
+        # Detached, it shares memory and version counter, and drops the graph.
+        x = needed.detach() if needed is not None else None
         edge = get_gradient_edge(_unviewed(output))
         self.uses.append(Use(call.operation, weight, bias, x, edge, tuple(output.shape), version))
         if isinstance(call.operation, Lookup) and x is not None and self._may_spread(weight):

@@ -115,9 +115,8 @@ class Traced:
         wrong = self._wrong(uses, deltas, oracle, batch)
         if not wrong:
             return
-        before = dict(
-            self._layout_of
-        )  # merged axes may keep positions first: try that for the layers concerned
+        # Merged axes may keep positions first: try that for the layers concerned.
+        before = dict(self._layout_of)
         for key, layouts in before.items():
             if key[0] in wrong or key[1] in wrong:
                 self._layout_of[key] = [replace(layout, position_major=True) for layout in layouts]

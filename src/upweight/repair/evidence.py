@@ -84,9 +84,8 @@ class Evidence:
     ) -> None:
         self.model, self.task, self.examples, self.options = model, task, examples, options
         self.validation = validation
-        plain = Attributor(
-            model, task, None, options.memory, options.batch_size, None, options.progress
-        )  # for its options
+        # Only to hand on the options.
+        plain = Attributor(model, task, None, options.memory, options.batch_size, None, options.progress)
         self.forward = Forward(plain, model, examples)
         shape = task.output_shape(model, self.forward.move(examples.take([0])))
         outputs = shape[-1] if shape else 1

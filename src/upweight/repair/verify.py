@@ -149,7 +149,7 @@ def subset_of(change: Change) -> Subsets:
 def _training_seconds(bank: RetrainingBank) -> float:
     """What one retraining took, on the mean."""
     with bank._reading() as store:
-        return float(np.mean([store.meta(run.key)["seconds"] for run in bank._runs()]))
+        return float(np.mean([store.meta(run.key)["seconds"] for run in bank._plan]))
 
 
 def _seeds(seeds: int | Sequence[int], trained_with: int | None) -> list[int]:

@@ -132,9 +132,8 @@ class BinaryClassification(OutputTask):
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, targets = torch.atleast_1d(
-            outputs, targets
-        )  # model(x).squeeze() of one example has no axis left
+        # model(x).squeeze() of one example has no axis left.
+        outputs, targets = torch.atleast_1d(outputs, targets)
         if outputs.numel() != len(outputs) or targets.numel() != len(outputs):
             raise UpweightError(
                 f"outputs have shape {tuple(outputs.shape)} and targets {tuple(targets.shape)}, expected one logit and "
@@ -202,9 +201,8 @@ class Regression(OutputTask):
         return self.scale * (outputs - targets).flatten(1).square().sum(1)
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, targets = torch.atleast_1d(
-            outputs, targets
-        )  # model(x).squeeze() of one example has no axis left
+        # model(x).squeeze() of one example has no axis left.
+        outputs, targets = torch.atleast_1d(outputs, targets)
         if len(outputs) != len(targets) or _wide_axes(outputs) != _wide_axes(targets):
             raise UpweightError(
                 f"outputs have shape {tuple(outputs.shape)} but targets {tuple(targets.shape)}, expected one shape -> "

@@ -156,9 +156,8 @@ class BM25:
         """Tokens of every text, and the ids."""
         if self.text is None and isinstance(data, (list, tuple)) and all(_is_text(item) for item in data):
             texts = [_tokens(item) for item in data]
-            examples = Examples(
-                torch.zeros(len(texts)), ids
-            )  # only for what it refuses: no texts, repeated ids
+            # Only for what it refuses: no texts, repeated ids.
+            examples = Examples(torch.zeros(len(texts)), ids)
         else:
             examples = Examples(data, ids)
             texts = [_tokens(text) for batch in self._batches(examples) for text in batch]
