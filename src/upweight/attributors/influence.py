@@ -297,7 +297,8 @@ class Influence(TrainingSetChanges):
     ) -> Any:
         """``(H + damping I)^-1 grad m_q`` for a panel of queries, in the form that the training gradients ask for."""
         fitted = self._ready()
-        size = min(stop - start, batch_size_for(fitted.example_bytes, stop - start, self.memory))
+        each = fitted.example_bytes + self._query_bytes()
+        size = min(stop - start, batch_size_for(each, stop - start, self.memory))
         batches = [range(a, min(a + size, stop)) for a in range(start, stop, size)]
         raw = (self._query_gradients(queries, positions) for positions in batches)
         gradients = (fitted.into_eigenbasis(g) for g in raw) if fitted.rotated else raw
@@ -340,10 +341,8 @@ class Influence(TrainingSetChanges):
         given up for larger panels if that leaves fewer passes to compute.
         """
         fitted = self._ready()
-        item = torch.finfo(fitted.dtype).bits // 8
-        per_query = sum(layer.numel for layer in fitted.tracker.layers.values()) * item
         panel, larger = (
-            max(1, min(queries, int(self.memory * share / per_query)))
+            max(1, min(queries, int(self.memory * share / self._query_bytes())))
             for share in (PANEL_SHARE, PANEL_SHARE + KEEP_SHARE)
         )
         training = fitted.training
@@ -355,6 +354,12 @@ class Influence(TrainingSetChanges):
             return panel
         training.release()
         return larger
+
+    def _query_bytes(self) -> int:
+        """Bytes of one preconditioned query."""
+        fitted = self._ready()
+        numbers = sum(layer.numel for layer in fitted.tracker.layers.values())
+        return numbers * torch.finfo(fitted.dtype).bits // 8
 
     def _separable_error(
         self, queries: Examples | FunctionalQueries, inverse: Any, router: Router

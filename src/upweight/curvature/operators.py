@@ -172,14 +172,13 @@ class Kronecker:
             return Rotated(block.values * inverse.flatten(), self.basis)
         if isinstance(block, Factored) and block.positions == 1:
             return Spectral(*self.basis.rotate(block), self.basis, inverse)
-        parts = []
-        for part in tiles(
-            block
-        ):  # several positions: the gradient itself is smaller than its factors' rotation
+        # Several positions: the gradient itself is smaller than its factors' rotation.
+        out = inverse.new_empty(len(block), inverse.numel())
+        for part in tiles(block):
             gradients = self.basis.grouped(block[part].dense())
             rotated = self.basis.rotate_dense(gradients).mul_(inverse[:, None])
-            parts.append(flatten_groups(self.basis.back(rotated)))
-        return Dense(torch.cat(parts))
+            out[part] = flatten_groups(self.basis.back(rotated))
+        return Dense(out)
 
     def quadratic(self, block: Block, damping: float) -> Tensor:
         inverse = damped_inverse(self.values, damping)
