@@ -1,5 +1,7 @@
 """Data is read in one fixed order whatever form it comes in, and data without one is refused."""
 
+from typing import NamedTuple
+
 import numpy as np
 import oracles
 import pytest
@@ -66,7 +68,26 @@ class WholeBatches(Dataset):
         return X[5 * index : 5 * index + 5], Y[5 * index : 5 * index + 5]
 
 
+class Shifted(TensorDataset):
+    """A tensor data set whose items are not what its tensors hold: here, put right again."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + 1, y
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
 FORMS = {
+    "named tuple": lambda: Pair(X, Y),
+    "tensor data set with items of its own": lambda: Shifted(X - 1, Y),
+    "loader of a tensor data set with items of its own": lambda: DataLoader(Shifted(X - 1, Y), batch_size=3),
+    "loader with a batch sampler of the data set": lambda: DataLoader(
+        TensorDataset(X, Y), batch_sampler=BatchSampler(SequentialSampler(Y), 3, drop_last=True)
+    ),
     "tensors": lambda: (X, Y),
     "arrays": lambda: (X.numpy(), Y.numpy()),
     "dict of tensors": lambda: {"x": X, "labels": Y},
@@ -171,6 +192,36 @@ def test_an_own_sampler_sets_the_order():
     examples = Examples(DataLoader(Pairs(), batch_size=2, sampler=order))
     assert examples.n == 3
     assert torch.equal(leaves(examples.take([0, 1, 2]))[1], Y[order])
+
+
+@pytest.mark.parametrize("data", [Pairs(), TensorDataset(X, Y)])
+def test_a_batch_sampler_keeps_its_samplers_order(data):
+    order = [3, 1, 7, 9]
+    examples = Examples(DataLoader(data, batch_sampler=BatchSampler(order, 2, drop_last=False)))
+    assert examples.n == len(order)
+    assert torch.equal(torch.cat([leaves(rows.batch)[1] for rows in examples.batches(2)]), Y[order])
+
+
+def test_named_tuples_stay_named():
+    class Named(Dataset):
+        def __len__(self):
+            return N
+
+        def __getitem__(self, index):
+            return Pair(X[index], Y[index])
+
+    examples = Examples(Named())
+    batch = map_tensors(examples.take([1, 2]), lambda t: t + 1)
+    assert torch.equal(batch.y, Y[1:3] + 1)
+    assert isinstance(next(examples.batches(4)).batch, Pair)
+
+
+@pytest.mark.parametrize(
+    "items", [[{"ids": [1, 2]}, {"ids": [3, 4]}], [torch.ones(2), torch.ones(3)], [object(), object()]]
+)
+def test_examples_that_do_not_stack_are_refused(items):
+    with pytest.raises(UpweightError, match="collate_fn that pads"):
+        Examples(items)
 
 
 def test_a_collate_function_is_kept():

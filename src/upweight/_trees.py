@@ -32,10 +32,8 @@ def as_tensors(tree: Any) -> Any:
             return torch.from_numpy(np.ascontiguousarray(array))
     if isinstance(tree, Mapping):
         return {key: as_tensors(value) for key, value in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple(as_tensors(value) for value in tree)
-    if isinstance(tree, list):
-        return [as_tensors(value) for value in tree]
+    if isinstance(tree, (tuple, list)):
+        return _like(tree, [as_tensors(value) for value in tree])
     return tree
 
 
@@ -46,8 +44,13 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Mapping):
         return {key: map_tensors(value, function) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)(map_tensors(value, function) for value in tree)
+        return _like(tree, [map_tensors(value, function) for value in tree])
     return tree
+
+
+def _like(tree: tuple | list, values: list[Any]) -> Any:
+    """A sequence of the same type, which takes its values one by one if they have names."""
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:

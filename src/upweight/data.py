@@ -197,7 +197,16 @@ class _Items(Source):
             return self._read(positions)
 
     def _read(self, positions: Sequence[int]) -> Any:
-        return as_tensors(self.collate([self.dataset[int(i)] for i in positions]))
+        items = [self.dataset[int(i)] for i in positions]
+        if self.collate is not torch_collate:
+            return as_tensors(self.collate(items))
+        for key, value in items[0].items() if items and isinstance(items[0], Mapping) else ():
+            if isinstance(value, (list, tuple)):
+                raise _uncollatable(f"{key!r} of an example is a {type(value).__name__}")
+        try:
+            return as_tensors(torch_collate(items))
+        except (RuntimeError, TypeError) as error:
+            raise _uncollatable(f"examples do not make a batch ({error})") from error
 
     def check_repeatable(self) -> None:
         probe = range(min(self.n, REPEATED_ITEMS))
@@ -268,7 +277,7 @@ class _Stream(Source):
 def _open(data: Any) -> _Tensors | _Items | _Stream:
     if isinstance(data, DataLoader):
         return _open_loader(data)
-    if isinstance(data, TensorDataset):
+    if type(data) is TensorDataset:  # a subclass may change what an item is
         return _Tensors(tuple(data.tensors))
     if isinstance(data, (Tensor, np.ndarray)):
         return _Tensors(as_tensors(data))
@@ -309,22 +318,24 @@ def _refuse_other_leaves(tree: Any) -> None:
 
 
 def _open_loader(loader: DataLoader) -> _Tensors | _Items | _Stream:
-    sampler, whole = loader.sampler, getattr(loader.sampler, "data_source", None) is loader.dataset
-    in_order = whole and isinstance(sampler, SequentialSampler)
-    whole_shuffle = (
-        whole
-        and isinstance(sampler, RandomSampler)
-        and not sampler.replacement
-        and sampler.num_samples == len(sampler.data_source)
-    )
     if type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
         return _Stream(loader)  # batches of its own making, or none: the data set gives whole batches
-    if isinstance(loader.dataset, IterableDataset) or not (in_order or whole_shuffle):
+    sampler = loader.batch_sampler.sampler  # not loader.sampler, which says nothing where batch_sampler= was given
+    if isinstance(loader.dataset, IterableDataset) or not _is_of_all(sampler, len(loader.dataset)):
         return _Stream(loader)  # a sampler picks its own subset: that its order holds still is checked
-    if isinstance(loader.dataset, TensorDataset) and loader.collate_fn is torch_collate:
+    if type(loader.dataset) is TensorDataset and loader.collate_fn is torch_collate:
         return _Tensors(tuple(loader.dataset.tensors))
-    # A plain shuffle only permutes: row i of a result belongs to dataset[i], as a user would look it up.
     return _Items(loader.dataset, loader.collate_fn or torch_collate, loader.num_workers)
+
+
+def _is_of_all(sampler: Any, n: int) -> bool:
+    """Whether a sampler gives the numbers up to n, once each.
+
+    A plain shuffle only permutes them: row i of a result then belongs to dataset[i], as a user would look it up.
+    """
+    if type(sampler) is SequentialSampler:
+        return len(sampler) == n
+    return type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == n
 
 
 def _undisturbed(iterable: Iterable[Any]) -> Iterator[Any]:
@@ -338,6 +349,13 @@ def _undisturbed(iterable: Iterable[Any]) -> Iterator[Any]:
             except StopIteration:
                 return
         yield item
+
+
+def _uncollatable(what: str) -> UpweightError:
+    return UpweightError(
+        f"{what}, expected tensors or arrays of one shape -> a DataLoader with a collate_fn that pads (a Hugging Face "
+        "data set: with_format('torch') too)"
+    )
 
 
 def _same_twice(read: Callable[[], Any]) -> bool:
