@@ -219,3 +219,12 @@ def test_data_frames_are_refused():
 def test_unusable_ids_are_refused(ids, message):
     with pytest.raises(UpweightError, match=message):
         Examples((X, Y), ids=ids)
+
+
+def test_a_data_set_without_a_length_is_refused():
+    class Endless(Dataset):
+        def __getitem__(self, index):
+            return X[index], Y[index]
+
+    with pytest.raises(UpweightError, match="Endless has no length -> give it __len__"):
+        Examples(Endless())

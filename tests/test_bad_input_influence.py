@@ -26,6 +26,16 @@ def changed() -> None:
     fitted.attribute(small())
 
 
+def changed_in_a_buffer():
+    """One that no state dict holds."""
+    model = trained("mlp")
+    model.register_buffer("shift", torch.zeros(10), persistent=False)
+    model.register_forward_hook(lambda module, args, outputs: outputs + module.shift)
+    fitted = uw.Influence(model, uw.Classification(), progress=False).fit(small())
+    model.shift[0] = 1
+    return fitted.attribute(small())
+
+
 def changed_by_data() -> None:
     fitted = method(fisher="empirical").fit(small())
     fitted.model[1].weight.data.mul_(2)  # not counted by torch
@@ -93,6 +103,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "no task": (lambda: uw.Influence(trained("mlp"), torch.nn.CrossEntropyLoss()), ["Task"]),
     "model changed since fit": (changed, ["changed since fit"]),
     "model changed through .data since fit": (changed_by_data, ["changed since fit"]),
+    "a buffer changed that no state dict holds": (changed_in_a_buffer, ["changed since fit"]),
     "a layer frozen since fit": (frozen, ["1.weight", "frozen since fit", "requires_grad"]),
     "parameters replaced since fit": (replaced, ["1.weight", "replaced since fit", "fit again"]),
     "empty queries": (

@@ -291,7 +291,9 @@ def _open(data: Any) -> _Tensors | _Items | _Stream:
         )
     if isinstance(data, (str, bytes)) or hasattr(data, "to_numpy"):  # data frames index columns, not examples
         raise _unreadable(data)
-    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+    if isinstance(data, Dataset) and not hasattr(data, "__len__"):
+        raise UpweightError(f"the data set {type(data).__name__} has no length -> give it __len__")
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return _Items(data, torch_collate)
     if isinstance(data, Iterable) and not isinstance(data, Iterator):
         return _Stream(data)
@@ -320,22 +322,24 @@ def _refuse_other_leaves(tree: Any) -> None:
 def _open_loader(loader: DataLoader) -> _Tensors | _Items | _Stream:
     if type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
         return _Stream(loader)  # batches of its own making, or none: the data set gives whole batches
-    sampler = loader.batch_sampler.sampler  # not loader.sampler, which says nothing where batch_sampler= was given
-    if isinstance(loader.dataset, IterableDataset) or not _is_of_all(sampler, len(loader.dataset)):
+    sampler = (
+        loader.batch_sampler.sampler
+    )  # not loader.sampler, which says nothing where batch_sampler= was given
+    if isinstance(loader.dataset, IterableDataset) or not _is_of_all(sampler, loader.dataset):
         return _Stream(loader)  # a sampler picks its own subset: that its order holds still is checked
     if type(loader.dataset) is TensorDataset and loader.collate_fn is torch_collate:
         return _Tensors(tuple(loader.dataset.tensors))
     return _Items(loader.dataset, loader.collate_fn or torch_collate, loader.num_workers)
 
 
-def _is_of_all(sampler: Any, n: int) -> bool:
-    """Whether a sampler gives the numbers up to n, once each.
+def _is_of_all(sampler: Any, dataset: Any) -> bool:
+    """Whether a sampler gives the number of every example, once each.
 
     A plain shuffle only permutes them: row i of a result then belongs to dataset[i], as a user would look it up.
     """
-    if type(sampler) is SequentialSampler:
-        return len(sampler) == n
-    return type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == n
+    if type(sampler) is RandomSampler and sampler.replacement:
+        return False
+    return type(sampler) in (SequentialSampler, RandomSampler) and len(sampler) == len(dataset)
 
 
 def _undisturbed(iterable: Iterable[Any]) -> Iterator[Any]:

@@ -13,7 +13,9 @@ from upweight._trees import raw_bytes
 def model_fingerprint(model: nn.Module) -> str:
     """Hash of every parameter's and buffer's name, shape, dtype and values."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict()
+    hidden = {name: tensor for name, tensor in model.named_buffers() if name not in state}  # not persistent
+    for name, tensor in (state | hidden).items():
         if not isinstance(tensor, torch.Tensor):
             continue
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from upweight._autocast import without_autocast
 from upweight.attributors import effects
 from upweight.attributors.group import GroupEffect
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 class TrainingSetChanges:
     """Predicted effects of changes of the training set."""
 
+    @without_autocast()
     def removal(self, ids: Any, query: Any, *, convention: str = "sum") -> GroupEffect:
         """The predicted effect of removing these training examples together, on every query's measurement.
 
@@ -50,6 +52,7 @@ class TrainingSetChanges:
         """
         return effects.removal(_influence(self), ids, query, convention)
 
+    @without_autocast()
     def change(self, ids: Any, to: Any, query: Any) -> GroupEffect:
         """The predicted effect of replacing training examples: relabelled, or with other inputs.
 
@@ -66,6 +69,7 @@ class TrainingSetChanges:
         """
         return effects.change(_influence(self), ids, to, query)
 
+    @without_autocast()
     def reweight(self, weights: Any, query: Any, *, convention: str = "sum") -> GroupEffect:
         """The predicted effect of giving training examples other weights than 1: 0 removes one, 2 counts it twice.
 

@@ -168,7 +168,7 @@ def fit_influence(
 
 
 def _resolve_fisher(method: Influence, tracker: Tracker, examples: Examples) -> tuple[FisherKind, int]:
-    with torch.no_grad():
+    with torch.no_grad(), tracker.quietly():
         batch = tracker.move(examples.take(spread(examples.n, 2)))
         return resolve_fisher(method.task, method.model, batch, method.fisher, method.draws)
 

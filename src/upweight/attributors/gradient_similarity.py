@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upweight._autocast import without_autocast
 from upweight.attributors.base import Attributor
 from upweight.attributors.evidence import shared_info
 from upweight.attributors.streaming import Source, squared_norms
@@ -80,6 +81,7 @@ class GradDot(Attributor):
         super().__init__(model, task, parameters, memory, batch_size, autocast, progress)
         self._source: Source | None = None
 
+    @without_autocast()
     def fit(self, train: Any, *, ids: Sequence[int | str] | None = None) -> GradDot:
         """Trace the model on the training data; no pass over it yet.
 
@@ -98,6 +100,7 @@ class GradDot(Attributor):
         self._remember(examples)
         return self
 
+    @without_autocast()
     def attribute(
         self,
         query: Any,
@@ -130,6 +133,7 @@ class GradDot(Attributor):
         }
         return Scores(values, queries.ids, source.examples.ids, None, info, layers)
 
+    @without_autocast()
     def self_influence(self) -> SelfInfluence:
         """``|grad l_i|^2``: large for examples that still pull at the model. One pass over the training data."""
         source = self._fitted_source()
@@ -175,6 +179,7 @@ class GradCos(GradDot):
 
     _name = "grad-cos"
 
+    @without_autocast()
     def self_influence(self) -> SelfInfluence:
         """Refused: an example's cosine with itself is 1, whatever the example.
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from upweight._autocast import without_autocast
 from upweight.attributors.base import explained_by_form
 from upweight.attributors.changes import TrainingSetChanges
 from upweight.attributors.corrections import Corrected, Correction, check_correction
@@ -156,6 +157,7 @@ class Influence(TrainingSetChanges):
         self._fitted: Fitted | None = None
         self._routers: dict[str, Router] = {}
 
+    @without_autocast()
     def fit(
         self,
         train: Any,
@@ -181,6 +183,7 @@ class Influence(TrainingSetChanges):
         self._routers = {}
         return self
 
+    @without_autocast()
     def attribute(
         self,
         query: Any,
@@ -246,6 +249,7 @@ class Influence(TrainingSetChanges):
             unit, info["higher_is_better"] = queries.unit, queries.higher_is_better
         return Scores(values, queries.ids, fitted.examples.ids, self._unit(unit), info, layers)
 
+    @without_autocast()
     def self_influence(self) -> SelfInfluence:
         """``(1/n) grad l_i^T (H + damping I)^-1 grad l_i``: the predicted rise of an example's own loss on its removal.
 

@@ -17,16 +17,22 @@ LAST_LAYER = "last_layer"
 
 
 def parameter_filter(
-    parameters: ParameterFilter, model: nn.Module, task: Task, examples: Examples
+    parameters: ParameterFilter,
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    autocast: torch.dtype | None,
 ) -> ParameterFilter:
     """The filter itself, or, for ``"last_layer"``, one that keeps the last linear layer's weight and bias."""
     if parameters != LAST_LAYER:
         return parameters
-    names = last_linear(model, task, examples)
+    names = last_linear(model, task, examples, autocast)
     return lambda name: name in names
 
 
-def last_linear(model: nn.Module, task: Task, examples: Examples) -> tuple[str, ...]:
+def last_linear(
+    model: nn.Module, task: Task, examples: Examples, autocast: torch.dtype | None = None
+) -> tuple[str, ...]:
     """Names of the weight, and of the bias if there is one, of the linear layer that the training loss uses last.
 
     Raises:
@@ -42,7 +48,8 @@ def last_linear(model: nn.Module, task: Task, examples: Examples) -> tuple[str, 
     batch = map_tensors(examples.take([0, min(1, examples.alike - 1)]), move)
     names = {id(p): name for name, p in model.named_parameters()}
     devices = [first.device] if first.device.type == "cuda" else []
-    with torch.inference_mode(False), torch.enable_grad(), preserved(devices), Tap(names) as tap:
+    precision = torch.autocast(first.device.type, autocast, enabled=autocast is not None)
+    with torch.inference_mode(False), torch.enable_grad(), preserved(devices), precision, Tap(names) as tap:
         task.train_loss(model, batch)
     for use in reversed(tap.uses):
         if use.weight is None or not isinstance(use.operation, Product):

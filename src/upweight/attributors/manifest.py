@@ -60,7 +60,7 @@ def scores_manifest(
 
 def first_losses(tracker: Tracker, examples: Examples) -> list[float]:
     """Training losses of the first few examples: two losses of one name would otherwise pass for the same."""
-    with torch.no_grad():
+    with torch.no_grad(), tracker.quietly():
         batch = tracker.move(examples.take(range(min(examples.n, FIRST))))
         return [float(loss) for loss in tracker.task.train_loss(tracker.model, batch)]
 
@@ -75,12 +75,12 @@ def first_values(
     if out is None:
         return {}
     if isinstance(queries, FunctionalQueries):
-        measurements = [float(f.value(tracker.model)) for f in queries.functionals[:FIRST]]
+        measurements = [float(f.value(tracker.model).detach()) for f in queries.functionals[:FIRST]]
     else:
         batch = queries.take(range(min(queries.n, FIRST)))
 
         def measured() -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), tracker.quietly():
                 return tracker.task.measure(tracker.model, tracker.move(batch))
 
         form = signature(examples.take([0]))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upweight._autocast import without_autocast
 from upweight.attributors.base import Attributor, explained_by_form
 from upweight.attributors.evidence import shared_info
 from upweight.attributors.last_layer import last_linear
@@ -124,6 +125,7 @@ class Representer(Attributor):
         self._fit: _Fit | None = None
         self._tracker: Tracker | None = None
 
+    @without_autocast()
     def fit(self, train: Any, *, ids: Sequence[int | str] | None = None) -> Representer:
         """Collect the features of the training data, and refit the last layer on them.
 
@@ -164,6 +166,7 @@ class Representer(Attributor):
         self._remember(examples)
         return self
 
+    @without_autocast()
     def attribute(self, query: Any, *, ids: Sequence[int | str] | None = None) -> Scores:
         """Score every training example for every query.
 
@@ -195,6 +198,7 @@ class Representer(Attributor):
         }
         return Scores(self._rounded(values), queries.ids, examples.ids, None, info)
 
+    @without_autocast()
     def self_influence(self) -> SelfInfluence:
         """``alpha_i[y_i] |f_i|^2``: what an example adds to its own logit; large for mislabeled ones."""
         (examples, _), fit = self._ready(), self._fit
@@ -207,6 +211,7 @@ class Representer(Attributor):
         values = own * fit.features.square().sum(1)
         return SelfInfluence(self._rounded(values), examples.ids, None, self._info())
 
+    @without_autocast()
     def logits(self, query: Any) -> Tensor:
         """Outputs [query, class] of the model with its refitted last layer, of which scores are the shares."""
         self._ready()
@@ -227,7 +232,7 @@ class Representer(Attributor):
     def _layer_names(self, examples: Examples) -> tuple[str, ...]:
         """The last layer's weight, and its bias if it has one."""
         if self.layer is None:
-            return last_linear(self.model, self.task, examples)
+            return last_linear(self.model, self.task, examples, self.autocast)
         found = dict(self.model.named_modules()).get(self.layer)
         if not isinstance(found, nn.Linear):
             linear = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]

@@ -136,7 +136,8 @@ class Reweighted:
         if kind == "sampled" and not isinstance(self.inverse, Inverse):
             # Not the draws that the curvature saw: the expectation over them is closer.
             batch = fitted.tracker.move(fitted.examples.take([0]))
-            kind, draws = resolve_fisher(self.method.task, self.method.model, batch, "exact", draws)
+            with torch.no_grad(), fitted.tracker.quietly():
+                kind, draws = resolve_fisher(self.method.task, self.method.model, batch, "exact", draws)
         generator = torch.Generator().manual_seed(self.method.seed)
         found = []
         for side in self.sides:

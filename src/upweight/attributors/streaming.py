@@ -44,7 +44,7 @@ class Source:
     ) -> None:
         self.method, self.examples = method, examples
         self.transform: Transform = transform or (lambda gradients: gradients)
-        chosen = parameter_filter(method.parameters, model, method.task, examples)
+        chosen = parameter_filter(method.parameters, model, method.task, examples, method.autocast)
         self.tracker = Tracker(model, method.task, examples, chosen, method.autocast)
         probe = self.tracker.train(examples.take([0]), examples.ids[:1])
         self.signature = signature(examples.take([0]))

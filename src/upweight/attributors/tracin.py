@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from upweight._autocast import without_autocast
 from upweight.attributors.base import Attributor
 from upweight.attributors.checkpoints import (
     Checkpoint,
@@ -104,6 +105,7 @@ class TracIn(Attributor):
         self._sources: list[Source] = []
         self._marks: list[str] = []
 
+    @without_autocast()
     def fit(self, train: Any, *, ids: Sequence[int | str] | None = None) -> TracIn:
         """Load every checkpoint once, check that it fits the model, and trace it; no pass over the data yet.
 
@@ -128,6 +130,7 @@ class TracIn(Attributor):
         self._remember(examples)
         return self
 
+    @without_autocast()
     def attribute(
         self,
         query: Any,
@@ -170,6 +173,7 @@ class TracIn(Attributor):
         }
         return Scores(total, queries.ids, examples.ids, None, info, layers)
 
+    @without_autocast()
     def self_influence(self) -> SelfInfluence:
         """``sum_t eta_t |grad l_i(theta_t)|^2``: large for examples that pulled at the model all through training."""
         examples, _ = self._ready()

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
+from upweight._autocast import without_autocast
 from upweight.attributors.evidence import library_versions
 from upweight.data import Examples
 from upweight.errors import UpweightError
@@ -27,6 +28,7 @@ from upweight.repair.work import Work
 from upweight.task import Task
 
 
+@without_autocast()
 def unlearn(
     model: nn.Module,
     task: Task,
@@ -84,6 +86,7 @@ def unlearn(
     return amend(model, task, train, remove=remove, validation=validation, test=test, **options)
 
 
+@without_autocast()
 def relabel(
     model: nn.Module,
     task: Task,
@@ -140,6 +143,7 @@ def relabel(
     return amend(model, task, train, labels=labels, validation=validation, test=test, **options)
 
 
+@without_autocast()
 def reweight(
     model: nn.Module,
     task: Task,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
+from upweight._autocast import without_autocast
 from upweight.attributors.evidence import library_versions
 from upweight.data import Examples
 from upweight.errors import UpweightError
@@ -32,6 +33,7 @@ SURE = 1.645
 """Standard errors by which an effect on the validation set must differ from zero: one-sided, 5 %."""
 
 
+@without_autocast()
 def audit(
     model: nn.Module,
     task: Task,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from upweight._autocast import without_autocast
 from upweight.attributors.base import Attributor
 from upweight.attributors.baselines.forward import Forward
 from upweight.attributors.evidence import shared_info
@@ -46,6 +47,7 @@ class Baseline(Attributor):
         self._fitted_forward: Forward | None = None
         self._seconds = 0.0
 
+    @without_autocast()
     def fit(self, train: Any, *, ids: Sequence[int | str] | None = None) -> Self:
         """Learn from the training data what the scores are made of.
 
@@ -67,6 +69,7 @@ class Baseline(Attributor):
         self._remember(examples)
         return self
 
+    @without_autocast()
     def attribute(self, query: Any, *, ids: Sequence[int | str] | None = None) -> Scores:
         """Score every training example for every query.
 
@@ -86,6 +89,7 @@ class Baseline(Attributor):
         info = self._info() | {"queries": queries.fingerprint()}
         return Scores(values, queries.ids, examples.ids, None, info)
 
+    @without_autocast()
     def self_influence(self) -> SelfInfluence:
         """The self score of every training example, without a unit.
 

@@ -70,7 +70,7 @@ class EmbeddingSimilarity(Baseline):
         self.neighbours = neighbours
 
     def _learn(self, examples: Examples) -> None:
-        self._weight = last_linear(self.model, self.task, examples)[0]
+        self._weight = last_linear(self.model, self.task, examples, self.autocast)[0]
         width = self.model.get_parameter(self._weight).shape[1]
         needed = examples.n * width * torch.finfo(self._forward.dtype).bits // 8
         if needed > self.memory:
