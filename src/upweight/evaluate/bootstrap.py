@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -15,6 +16,11 @@ __all__ = ["Estimate", "draw_counts", "estimate_mean", "interval"]
 class Estimate:
     """A number and its confidence intervals, by what was resampled; ``low`` and ``high`` are the widest of them.
 
+    Attributes:
+        value: The number.
+        intervals: ``{what was resampled: (low, high)}``.
+        undefined: Resamples without a value, which the intervals leave out.
+
     Example:
         >>> estimate = Estimate(0.5, {"queries": (0.4, 0.6), "subsets": (0.3, 0.65)})
         >>> print(estimate, estimate.low)
@@ -23,6 +29,7 @@ class Estimate:
 
     value: float
     intervals: Mapping[str, tuple[float, float]]
+    undefined: int = 0
 
     @property
     def _widest(self) -> tuple[float, float]:
@@ -45,7 +52,7 @@ class Estimate:
             name: (min(max(low, least), most), min(max(high, least), most)) if low == low else (low, high)
             for name, (low, high) in self.intervals.items()
         }
-        return Estimate(self.value, ends)
+        return replace(self, intervals=ends)
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -101,19 +108,24 @@ def estimate_mean(
     resamples = 2000 if by_subsets is None else len(by_subsets)
     counts = draw_counts(queries, resamples, generator) / queries
     one_way = counts @ values
-    intervals = {"queries": interval(mean, one_way, queries, level)}
+    intervals, undefined = {"queries": interval(mean, one_way, queries, level)}, 0
     if by_subsets is not None:
         by_subsets = by_subsets[:, defined]
         other_way = _mean_of_known(by_subsets, np.ones_like(counts))
         both = _mean_of_known(by_subsets, counts)
-        v_queries, v_subsets, v_both = one_way.var(), np.nanvar(other_way), np.nanvar(both)
-        variance = max(v_queries, v_subsets, 2 * (v_queries + v_subsets) - v_both)
-        scale = np.sqrt(variance / v_both) if v_both > 0 else 1.0
-        intervals["subsets"] = interval(mean, other_way, blocks, level)
-        intervals["both"] = interval(
-            mean, both.mean() + scale * (both - both.mean()), min(blocks, queries), level
-        )
-    return Estimate(mean, intervals)
+        # A resample in which no query is defined says nothing, and must not take the others with it.
+        other_way, both = other_way[np.isfinite(other_way)], both[np.isfinite(both)]
+        undefined = len(by_subsets) - len(both)
+        intervals |= {"subsets": (math.nan, math.nan), "both": (math.nan, math.nan)}
+        if len(other_way) > 1 and len(both) > 1:
+            v_queries, v_subsets, v_both = one_way.var(), other_way.var(), both.var()
+            variance = max(v_queries, v_subsets, 2 * (v_queries + v_subsets) - v_both)
+            scale = np.sqrt(variance / v_both) if v_both > 0 else 1.0
+            intervals["subsets"] = interval(mean, other_way, blocks, level)
+            intervals["both"] = interval(
+                mean, both.mean() + scale * (both - both.mean()), min(blocks, queries), level
+            )
+    return Estimate(mean, intervals, undefined)
 
 
 def _mean_of_known(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ adds a constant per query that retraining on the sum of losses over n does not h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,8 +32,10 @@ class LeaveOneOut:
 
     Attributes:
         pearson: Mean over queries of the correlation across examples; higher is better, 1 at most.
+        per_query: [query], that correlation; NaN where all scores or all effects are equal, or one was not measured.
         spearman: The same of ranks.
-        slope: Of truth on prediction, over all pairs; 1 if the scale is right, above 1 if scores are too small.
+        slope: Of truth on prediction, over all pairs; 1 if the scale is right, above 1 if scores are too small; NaN if
+            all scores are equal.
         intercept: Of the same line, in the unit of the measurement.
         noise_sd: Standard deviation between seeds of one measured difference; NaN with a single seed.
         predicted: [query, example].
@@ -45,6 +47,7 @@ class LeaveOneOut:
     """
 
     pearson: Estimate
+    per_query: np.ndarray
     spearman: Estimate
     slope: Estimate
     intercept: Estimate
@@ -55,6 +58,11 @@ class LeaveOneOut:
     query_ids: list[int | str]
     seeds: int
     unit: str
+
+    @property
+    def undefined(self) -> int:
+        """Queries without a correlation; they are not in its mean."""
+        return int(np.isnan(self.per_query).sum())
 
     @property
     def noise_sd_of_means(self) -> float:
@@ -88,11 +96,12 @@ class LeaveOneOut:
         return axes
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"leave-one-out of {len(self.examples)} examples x {len(self.query_ids)} queries, {self.seeds} seeds: "
             f"Pearson {self.pearson}, Spearman {self.spearman}, slope {self.slope}, intercept "
             f"{self.intercept.value:.3g}, noise SD {self.noise_sd:.3g} ({self.noise_sd_of_means:.3g} of the means)"
         )
+        return text + (f", {self.undefined} queries undefined" if self.undefined else "")
 
 
 def leave_one_out(
@@ -141,16 +150,27 @@ def leave_one_out(
     drawn = draw_counts(len(examples), resamples, generator) * given
     once = given[None]
 
-    pearson, ranks = (
-        _renamed(estimate_mean(of(once)[0], of(drawn), len(examples), level, generator)).within(-1, 1)
-        for of in (lambda at: _pearson(predicted, means, at), lambda at: spearman(predicted.T, means.T, at))
+    correlation, ranks = _pearson(predicted, means, once)[0], spearman(predicted.T, means.T, once)[0]
+    pearson, rank = (
+        _renamed(estimate_mean(one, many, len(examples), level, generator)).within(-1, 1)
+        for one, many in (
+            (correlation, _pearson(predicted, means, drawn)),
+            (ranks, spearman(predicted.T, means.T, drawn)),
+        )
     )
-    queries, each = draw_counts(len(means), resamples, generator), np.ones((1, len(means)))
-    line = [part[0] for part in _line(predicted, means, each, once)]
+    # A query that lacks a measurement is left out of the line, as it is of the correlations.
+    whole = np.isfinite(means).all(axis=1)
+    if not whole.any():
+        raise UpweightError(
+            "no query has all its measurements, expected at least one -> run the bank, and look at what failed"
+        )
+    x, y, count = predicted[whole], means[whole], int(whole.sum())
+    queries, each = draw_counts(count, resamples, generator), np.ones((1, count))
+    line = [part[0] for part in _line(x, y, each, once)]
     resampled = {
-        "queries": (_line(predicted, means, queries, once), len(means)),
-        "examples": (_line(predicted, means, each, drawn), len(examples)),
-        "both": (_line(predicted, means, queries, drawn), min(len(means), len(examples))),
+        "queries": (_line(x, y, queries, once), count),
+        "examples": (_line(x, y, each, drawn), len(examples)),
+        "both": (_line(x, y, queries, drawn), min(count, len(examples))),
     }
     slope, intercept = (
         Estimate(
@@ -161,10 +181,11 @@ def leave_one_out(
     )
     return LeaveOneOut(
         pearson,
-        ranks,
+        correlation,
+        rank,
         slope,
         intercept,
-        float(np.sqrt(truth.var(axis=0, ddof=1).mean())) if len(truth) > 1 else float("nan"),
+        float(np.sqrt(truth[:, whole].var(axis=0, ddof=1).mean())) if len(truth) > 1 else float("nan"),
         predicted,
         means,
         examples,
@@ -205,21 +226,24 @@ def _pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _line(
     x: np.ndarray, y: np.ndarray, queries: np.ndarray, examples: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Slope and intercept of y on x [query, example], weighted by both axes, for each resample."""
+    """Slope and intercept of y on x [query, example], weighted by both axes, for each resample; NaN for constant x."""
 
     def total(of: np.ndarray) -> np.ndarray:
         return ((queries @ of) * examples).sum(axis=1)
 
-    weight, sx, sy = total(np.ones_like(x)), total(x), total(y)
-    mean = sx / weight
-    sxx, sxy = total(x * x) - mean * sx, total(x * y) - mean * sy
-    with np.errstate(divide="ignore", invalid="ignore"):
-        slope = np.where(sxx > 0, sxy / sxx, np.nan)
-    return slope, (sy - slope * sx) / weight
+    # Centred and scaled first: sums of squares about an offset, or of tiny numbers, would lose all their digits.
+    size, x_mean, y_mean = float(np.abs(x).max(initial=0.0)) or 1.0, x.mean(), y.mean()
+    u, v = (x - x_mean) / size, y - y_mean
+    weight, su, sv, suu = total(np.ones_like(u)), total(u), total(v), total(u * u)
+    spread, shared = suu - su * su / weight, total(u * v) - su * sv / weight
+    # A constant leaves rounding noise, not zero: of the numbers themselves, and of the sum it is what is left of.
+    varies = spread > 1e-24 * weight + 1e-13 * suu
+    slope = np.divide(shared, spread, out=np.full(len(weight), np.nan), where=varies)
+    return slope / size, y_mean + (sv - slope * su) / weight - slope / size * x_mean
 
 
 def _renamed(estimate: Estimate) -> Estimate:
     """The same, with what was resampled called examples."""
-    return Estimate(
-        estimate.value, {k.replace("subsets", "examples"): v for k, v in estimate.intervals.items()}
+    return replace(
+        estimate, intervals={k.replace("subsets", "examples"): v for k, v in estimate.intervals.items()}
     )

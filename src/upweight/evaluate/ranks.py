@@ -52,12 +52,23 @@ def weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def weighted_pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Pearson's correlation within each row of [resample, observation]; NaN where one of the two is constant."""
+    """Pearson's correlation within each row of [resample, observation]; NaN where one of the two is constant.
+
+    Constant means to 12 digits of the numbers themselves, whatever their scale: scores of 1e-10 are not.
+    """
     total = weights.sum(axis=1, keepdims=True)
+    (x, x_size), (y, y_size) = _of_size_one(x), _of_size_one(y)
     x = x - (weights * x).sum(axis=1, keepdims=True) / total
     y = y - (weights * y).sum(axis=1, keepdims=True) / total
     xx, yy, xy = ((weights * a * b).sum(axis=1) for a, b in ((x, x), (y, y), (x, y)))
     # A constant leaves rounding noise, not zero.
-    scale = 1e-24 * (weights.sum(axis=1) ** 3)
+    noise = 1e-24 * weights.sum(axis=1)
+    varies = (xx > noise) & (yy > noise) & (x_size > 0) & (y_size > 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where((xx > scale) & (yy > scale), np.clip(xy / np.sqrt(xx * yy), -1, 1), np.nan)
+        return np.where(varies, np.clip(xy / np.sqrt(xx * yy), -1, 1), np.nan)
+
+
+def _of_size_one(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row over its largest absolute value, and that value, [resample]."""
+    size = np.abs(values).max(axis=1)
+    return values / np.where(size > 0, size, 1.0)[:, None], size
