@@ -263,6 +263,7 @@ class RetrainingBank:
             task.unit,
             task.higher_is_better,
             info,
+            np.array([bool(changes) for changes in self.subsets.labels]),
         )
 
     def model(self, subset: int, seed: int) -> nn.Module:

@@ -39,7 +39,7 @@ class LDS:
         ceiling: The noise ceiling, or None with a single seed.
         query_ids: One per query.
         subsets: Subsets used.
-        subsets_dropped: Subsets left out because a seed is missing.
+        subsets_dropped: Subsets left out because a seed is missing, or labels are changed.
         seeds: Seeds per subset.
         level: Of the intervals.
         method: What was scored.

@@ -125,7 +125,7 @@ def leave_one_out(
         seed: Of the resampling.
 
     Raises:
-        UpweightError: The outcomes are not of leaving one out, or lack the whole set.
+        UpweightError: The outcomes are not of leaving one out, or lack the whole set with its own labels.
 
     Example:
         >>> from upweight.evaluate import subsets

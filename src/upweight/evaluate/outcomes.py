@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ class Outcomes:
         unit: Of the measurement.
         higher_is_better: Whether the measurement was negated to get ``values``.
         info: Evidence.
+        relabelled: bool, [subset]: True where some examples were trained on with other labels. What no mask can say no
+            sum of scores predicts: evaluation leaves these subsets out.
 
     Example:
         >>> masks = np.array([[True, False], [False, True]])
@@ -42,6 +44,7 @@ class Outcomes:
     unit: str = "loss"
     higher_is_better: bool = False
     info: dict[str, Any] = field(default_factory=dict)
+    relabelled: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         masks, values = np.asarray(self.masks), np.asarray(self.values, dtype=np.float64)
@@ -55,6 +58,7 @@ class Outcomes:
             "query_ids": list(range(queries)),
             "seeds": list(range(seeds)),
             "blocks": np.arange(subsets),
+            "relabelled": np.zeros(subsets, dtype=bool),
         }
         for name, default in defaults.items():
             given = getattr(self, name)
@@ -75,15 +79,18 @@ class Outcomes:
         return self.values.mean(axis=1)
 
     def complete(self) -> Outcomes:
-        """Without the subsets that lack a seed: a mean over other seeds than the rest would be biased.
+        """Without the subsets that lack a seed, since a mean over other seeds would be biased, or have changed labels.
 
         Raises:
             UpweightError: Fewer than three subsets are left.
         """
-        whole = np.asarray(np.isfinite(self.values).any(axis=2).sum(axis=1) == self.values.shape[1])
+        changed = np.asarray(self.relabelled, dtype=bool)
+        seeded = np.isfinite(self.values).any(axis=2).sum(axis=1) == self.values.shape[1]
+        whole = np.asarray(seeded & ~changed)
         if whole.sum() < 3:
+            but = f" (besides {int(changed.sum())} with changed labels)" if changed.any() else ""
             raise UpweightError(
-                f"{int(whole.sum())} of {len(whole)} subsets have all their seeds, expected at least 3 -> run the "
+                f"{int(whole.sum())} of {len(whole)} subsets have all their seeds{but}, expected at least 3 -> run the "
                 "bank, and look at the runs that failed"
             )
         return self if whole.all() else self.select(whole)
@@ -91,31 +98,20 @@ class Outcomes:
     def select(self, subsets: np.ndarray) -> Outcomes:
         """Only these subsets (a mask, or positions)."""
         info = {**self.info, "subsets_dropped": len(self.masks) - len(self.masks[subsets])}
-        return Outcomes(
-            self.masks[subsets],
-            self.values[subsets],
-            self.query_ids,
-            self.seeds,
-            np.asarray(self.blocks)[subsets],
-            self.unit,
-            self.higher_is_better,
-            info,
+        return replace(
+            self,
+            masks=self.masks[subsets],
+            values=self.values[subsets],
+            blocks=np.asarray(self.blocks)[subsets],
+            relabelled=np.asarray(self.relabelled)[subsets],
+            info=info,
         )
 
     def for_queries(self, positions: Sequence[int] | np.ndarray) -> Outcomes:
         """Only these queries, for example those that nothing was tuned on."""
         positions = np.arange(self.values.shape[2])[np.asarray(positions)]
         ids = [self.query_ids[q] for q in positions]  # type: ignore[index]
-        return Outcomes(
-            self.masks,
-            self.values[:, :, positions],
-            ids,
-            self.seeds,
-            self.blocks,
-            self.unit,
-            self.higher_is_better,
-            self.info,
-        )
+        return replace(self, values=self.values[:, :, positions], query_ids=ids)
 
 
 def as_scores(scores: Any, outcomes: Outcomes) -> np.ndarray:

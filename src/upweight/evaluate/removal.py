@@ -214,6 +214,12 @@ def removal_curve(
             f"the outcomes are of {outcomes.masks.shape[0]} subsets and {outcomes.values.shape[2]} queries, the plan "
             f"of {len(plan.subsets)} and {plan.rows.shape[2]} -> RetrainingBank(..., subsets=plan.subsets)"
         )
+    changed = np.asarray(outcomes.relabelled, dtype=bool)
+    if changed.any():
+        raise UpweightError(
+            f"{int(changed.sum())} subsets of the outcomes change labels, which no removal does -> "
+            "RetrainingBank(..., subsets=plan.subsets)"
+        )
     # The same seed with and without the examples: noise that both share cancels. A missing seed leaves a NaN.
     effects = (outcomes.values - outcomes.values[:1]).mean(axis=1)  # [subset, query]
     if not np.isfinite(effects[0]).all():

@@ -325,6 +325,8 @@ def _read(
     if np.isinf(values).any():
         raise UpweightError(f"{int(np.isinf(values).sum())} values are infinite -> leave those models out")
     whole = np.asarray(np.isfinite(values).all(axis=(1, 2)))
+    relabelled = getattr(outcomes, "relabelled", None)  # masks do not tell what their models were trained on
+    whole &= True if relabelled is None else ~np.asarray(relabelled, dtype=bool)
     if whole.sum() < 6:
         raise UpweightError(
             f"{int(whole.sum())} of {len(whole)} subsets have all their values, expected at least 6 -> train "
