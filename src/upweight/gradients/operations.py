@@ -38,7 +38,8 @@ class Layout:
         if len(moved) % batch:
             raise UpweightError(
                 f"axis {self.dim} of a layer's output has size {len(moved)}, expected a multiple of {batch} examples "
-                "as in the probe batch -> let the measurement call the model as the loss does"
+                "as in the probe batch (rows cut or routed by the batch, or a measurement that calls the model "
+                "differently?) -> another batch_size=, or leave the layer out with parameters="
             )
         k = len(moved) // batch
         if self.position_major:

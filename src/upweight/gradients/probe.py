@@ -17,6 +17,8 @@ from upweight.task import Task
 
 CANDIDATES = 16
 """The probe is the two of the first examples with the largest losses: at a loss of zero nothing can be verified."""
+OTHERS = 8
+"""Examples from all over the data on which what the probe told is verified."""
 AT_A_TIME = 8
 """Candidates whose losses are computed together."""
 
@@ -73,9 +75,10 @@ def pick_probe(
 
 
 def pick_others(examples: Examples) -> list[int]:
-    """Positions of four of the candidates, last first: an order that the probe, and the data as it is, do not have."""
-    count = min(examples.alike, CANDIDATES)
-    return list(range(count - 1, -1, -max(1, count // 4)))[:4]
+    """Positions spread over the data, in an order that the probe, and the data as it is, do not have."""
+    count = min(examples.alike, OTHERS)
+    spread = [round(k * (examples.alike - 1) / max(1, count - 1)) for k in range(count)]
+    return spread[1::2][::-1] + spread[::2]
 
 
 def compare_layouts(

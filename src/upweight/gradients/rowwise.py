@@ -77,10 +77,11 @@ def weighted_sum(gradients: Gradients, weights: Tensor) -> Gradients:
         >>> weighted_sum(g, torch.tensor([[1.0, -1.0]])).dense().tolist()
         [[1.0, -4.0]]
     """
-    return Gradients({name: Dense(_weighted_sum(block, weights)) for name, block in gradients.items()})
+    return Gradients({name: Dense(weighted_sum_of(block, weights)) for name, block in gradients.items()})
 
 
-def _weighted_sum(block: Block, weights: Tensor) -> Tensor:
+def weighted_sum_of(block: Block, weights: Tensor) -> Tensor:
+    """The same for one layer, [k, parameters]."""
     if isinstance(block, Factored) and len(weights) < len(block):
         # One matrix product a row, nothing per example: [group, batch, T, R] with [group, batch * T, C].
         left, right = block.left(), block.right().flatten(1, 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +22,11 @@ from upweight.gradients.gradients import Gradients
 from upweight.gradients.layers import Layer, VectorLayer
 from upweight.gradients.operations import Layout
 from upweight.gradients.probe import compare_layouts
+from upweight.gradients.rowwise import weighted_sum_of
 from upweight.gradients.tap import Tap, Use
+
+Pattern: TypeAlias = "tuple[tuple[Any, float], ...]"
+"""Each use's call site, and how many rows of its output belong to one example."""
 
 
 class Traced:
@@ -63,6 +67,16 @@ class Traced:
             out.append(known[0] if len(set(known)) == 1 else known[min(nth, len(known) - 1)])
         return out
 
+    def pattern(self, uses: Sequence[Use], layouts: Sequence[Layout], batch: int) -> Pattern:
+        """How a pass uses the layers that are not of the fallback: in a new pattern, gradients are to be verified."""
+        exact = {None, *self._of_fallback()}
+        pairs = zip(uses, layouts, strict=True)
+        return tuple(
+            (use.key, use.shape[layout.dim] / batch)
+            for use, layout in pairs
+            if not {use.weight, use.bias} <= exact
+        )
+
     def assemble(
         self,
         uses: Sequence[Use],
@@ -101,7 +115,7 @@ class Traced:
         self,
         uses: Sequence[Use],
         deltas: Sequence[Tensor | None],
-        oracle: Mapping[int, Agreement],
+        oracle: Sequence[tuple[Tensor, Agreement]],
         batch: int,
     ) -> None:
         """Send every parameter whose fast gradient differs from autograd's to another layout, then to the fallback.
@@ -109,7 +123,7 @@ class Traced:
         Args:
             uses: of one forward pass.
             deltas: their output gradients.
-            oracle: {row of the batch: autograd's gradients}.
+            oracle: weights [batch], and autograd's gradients of the losses summed with them.
             batch: examples in it.
         """
         wrong = self._wrong(uses, deltas, oracle, batch)
@@ -128,7 +142,11 @@ class Traced:
             self._to_fallback(name, "its fast gradient differs from autograd's")
 
     def verify_again(
-        self, tap: Tap, deltas: Sequence[Tensor | None], oracle: Mapping[int, Agreement], batch: int
+        self,
+        tap: Tap,
+        deltas: Sequence[Tensor | None],
+        oracle: Sequence[tuple[Tensor, Agreement]],
+        batch: int,
     ) -> None:
         """The same on other examples, which may take other ways through the model, for the uses that are `known`."""
         new = [use for use in tap.uses if use.key not in self._layout_of]
@@ -148,23 +166,26 @@ class Traced:
         self,
         uses: Sequence[Use],
         deltas: Sequence[Tensor | None],
-        oracle: Mapping[int, Agreement],
+        oracle: Sequence[tuple[Tensor, Agreement]],
         batch: int,
         slack: float = 1.0,
     ) -> set[str]:
-        """Parameters whose fast gradients differ from autograd's, which `oracle` has for some rows of the batch."""
+        """Parameters whose fast gradients, summed with an oracle's weights, differ from autograd's."""
         layouts = self.layouts(uses)
+        weights = torch.stack([weights for weights, _ in oracle])
         wrong: set[str] = set()
         for layer in self.layers.values():
             if _is_fallback(layer):
                 continue
             try:
-                flat = layer.to_parameters(self._block(layer, uses, deltas, layouts, batch).dense())
+                block = self._block(layer, uses, deltas, layouts, batch)
+                flat = layer.to_parameters(weighted_sum_of(block, weights))
             except (ValueError, RuntimeError):
                 wrong.update(layer.parameters)
                 continue
             for name, grads in flat.items():
-                if not all(agreement.holds(name, grads[row], slack) for row, agreement in oracle.items()):
+                pairs = zip(grads, oracle, strict=True)
+                if not all(agreement.holds(name, grad, slack) for grad, (_, agreement) in pairs):
                     wrong.update(layer.parameters)
         return wrong
 

@@ -38,9 +38,10 @@ from upweight.gradients.fallback import Scalars, looped, vmapped
 from upweight.gradients.gradients import Gradients
 from upweight.gradients.layers import Layer
 from upweight.gradients.probe import measure_coverage, pick_others, pick_probe
+from upweight.gradients.rowwise import weighted_sum
 from upweight.gradients.select import ParameterFilter, check_model, check_still_tracked, select_parameters
 from upweight.gradients.tap import Tap, Use
-from upweight.gradients.traced import Traced
+from upweight.gradients.traced import Pattern, Traced
 from upweight.task import FisherKind, Task
 
 
@@ -81,7 +82,7 @@ class Tracker:
         self._agreement = lambda oracle: Agreement(oracle, computes)
         self._vectorises = True
         self._spread: frozenset[str] | None = None
-        self._verified = {"loss"}
+        self._verified: set[tuple[str, Pattern]] = set()
         with constant_buffers(model):
             self._trace(examples)
 
@@ -105,7 +106,7 @@ class Tracker:
         def scalars(model: nn.Module, b: Any, _: Tensor | None) -> tuple[Tensor, None]:
             return sign * self.task.measure(model, b)[..., None], None
 
-        if "measurement" not in self._verified:
+        if not any(what == "measurement" for what, _ in self._verified):
             self._check_alone(batch, ids, scalars)
         return self._capture(batch, ids, scalars, "measurement")[0]
 
@@ -170,10 +171,11 @@ class Tracker:
         self._check_dependent(losses)
         self._traced.check_known(tap.strangers)
         layouts = self._traced.layouts(tap.uses)
+        pattern = self._traced.pattern(tap.uses, layouts, len(ids))
+        verify = (what, pattern) not in self._verified
         fallback = self._fallback_blocks(batch, losses, drawn, scalars, reproducible or drawn is not None)
         out = []
         columns = losses.shape[1]
-        verify = what not in self._verified
         for c in range(columns):
             deltas = self._backward(losses[:, c], tap.uses, retain=verify or c + 1 < columns)
             check_factors(tap.uses, deltas, layouts, ids, batch, inputs=c == 0)
@@ -182,7 +184,8 @@ class Tracker:
                     refuse_factors(values, ids, batch, name)
             out.append(self._traced.assemble(tap.uses, deltas, layouts, len(ids), fallback[c]))
         if verify:
-            self._verify_objective(losses, out[0], what)
+            self._verify(losses[:, 0], out[0], what)
+            self._verified.add((what, pattern))
         return out
 
     def _check_dependent(self, losses: Tensor) -> None:
@@ -257,7 +260,11 @@ class Tracker:
         check_undivided(pairs, 3 / 2, self.parameters, ids[0])
         agreements = [self._agreement(grads) for grads in oracle]
         deltas = self._backward(losses[:, 0], tap.uses, retain=True)
-        self._traced.verify(tap.uses, deltas, dict(enumerate(agreements)), len(losses))
+        rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+        self._traced.verify(tap.uses, deltas, list(zip(rows, agreements, strict=False)), len(losses))
+        self._verified.add(
+            ("loss", self._traced.pattern(tap.uses, self._traced.layouts(tap.uses), len(losses)))
+        )
         self._verify_on_others(examples)
         for name, block in self._fallback_blocks(larger, losses, None, self._losses, True)[0].items():
             if not all(agreement.holds(name, block[p]) for p, agreement in enumerate(agreements)):
@@ -270,12 +277,22 @@ class Tracker:
         positions = pick_others(examples)
         if len(positions) < 2:
             return
-        losses, _, tap = self._watch(self.move(examples.take(positions)), self._losses)
-        oracle = {
-            row: self._agreement(autograd(losses[row, 0], self.parameters)) for row in range(len(losses))
-        }
+        batch = self.move(examples.take(positions))
+        losses, _, tap = self._watch(batch, self._losses)
+        check_per_example(losses, len(positions))
+        check_finite(losses.detach(), [examples.ids[p] for p in positions], batch)
+        order = losses[:, 0].argsort().tolist()
+        for row in {order[(len(order) - 1) * k // 3] for k in range(4)}:
+            alone, _, _ = self._watch(self.move(examples.take([positions[row]] * 2)), self._losses)
+            check_alone(alone[0, 0], losses[row, 0], examples.ids[positions[row]])
+        blend = self._blend(losses[:, 0])
         deltas = self._backward(losses[:, 0], self._traced.known(tap.uses), retain=False)
-        self._traced.verify_again(tap, deltas, oracle, len(losses))
+        self._traced.verify_again(tap, deltas, [blend], len(losses))
+
+    def _blend(self, losses: Tensor) -> tuple[Tensor, Agreement]:
+        """Random weights [batch], and autograd's gradient of the weighted losses: it shows whose rows are whose."""
+        weights = torch.randn(len(losses), generator=torch.Generator().manual_seed(0)).to(losses)
+        return weights, self._agreement(autograd((losses * weights).sum(), self.parameters))
 
     def _check_coupling(
         self, uses: Sequence[Use], losses: Tensor, row: int, ids: Sequence[Any], batch: Any
@@ -304,17 +321,24 @@ class Tracker:
             both = (alone[0, 0], together[largest, 0])
             check_undivided([both], len(ids) / 2, self.parameters, ids[largest], "measurement")
 
-    def _verify_objective(self, losses: Tensor, gradients: Gradients, what: str) -> None:
-        """Compare the first gradients of an objective that training does not have with autograd's."""
-        row = int(losses[:, 0].abs().argmax())
-        agreement = self._agreement(autograd(losses[row, 0], self.parameters))
-        for key, layer in self.layers.items():
-            flat = layer.to_parameters(gradients[key][row : row + 1].dense())
-            for name, gradient in flat.items():
+    def _verify(self, losses: Tensor, gradients: Gradients, what: str) -> None:
+        """Compare gradients of a pass that uses the layers in a new pattern with autograd's."""
+        weights, agreement = self._blend(losses)
+        for key, block in weighted_sum(gradients, weights[None]).items():
+            for name, gradient in self.layers[key].to_parameters(block.dense()).items():
                 if not agreement.holds(name, gradient[0], slack=10):  # rounding must not refuse a model
-                    raise UpweightError(
-                        f"the gradient of the {what} in {name} differs from autograd's: it uses the model in another "
-                        "way than the training loss, for which layers were traced -> let both call the model alike, or "
-                        "leave the parameter out with parameters="
-                    )
-        self._verified.add(what)
+                    raise UpweightError(_differs(what, name, len(losses)))
+
+
+def _differs(what: str, name: str, batch: int) -> str:
+    if what == "loss":
+        return (
+            f"the gradient of {name} differs from autograd's in a batch of {batch}: the model cuts or sorts its rows by "
+            "the batch's size or content, and whose they are is not known -> a smaller batch_size=, or leave the "
+            "parameter out with parameters="
+        )
+    return (
+        f"the gradient of the {what} in {name} differs from autograd's: it uses the model in another way than the "
+        "training loss, for which layers were traced -> let both call the model alike, or leave the parameter out with "
+        "parameters="
+    )
