@@ -144,9 +144,16 @@ def test_what_an_experiment_is_made_of_is_checked():
         ({"classes": "cat"}, "classes='cat' is one text"),
         ({"methods": [uw.GradDot]}, "methods is no mapping"),
         ({"methods": {}}, "methods is no mapping"),
+        ({"l2": -1.0}, "the experiment's l2=-1.0, expected finite numbers >= 0"),
+        ({"l2": {"weight$": float("nan")}}, "the experiment's l2=nan"),
+        ({"l2": {"wieght$": 0.1}}, "names 'wieght\\$', which finds none of ..weight., .bias.."),
+        ({"l2": {"weight(": 0.1}}, "names 'weight\\(', expected a regular expression"),
+        ({"l2": "1e-3"}, "the experiment's l2='1e-3'"),
     ]:
         with refused(said):
             uw.Experiment(**{**good, **changed})
+    assert uw.Experiment(**good).l2 == 0 and uw.Experiment(**good, l2=1e-3).l2 == 1e-3
+    assert uw.Experiment(**good, l2={"weight$": 1e-3}).l2 == {"weight$": 1e-3}
 
 
 def test_examples_are_described_by_show_or_by_their_class():

@@ -5,6 +5,7 @@ Every verb of the command line takes one, by the convention ``path/to/file.py:na
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from upweight._load import import_name
 from upweight._trees import map_tensors, tensors_in
+from upweight.curvature.l2 import L2, check_l2
 from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.task import Task
@@ -49,12 +51,16 @@ class Experiment:
             images are shown as images, vectors as rows of a table, and anything else by its class.
         classes: The names of the classes, by number.
         methods: ``{name: method}``, where a method is an attributor or a function ``(model, task) -> attributor``.
-            These are evaluated unless others are asked for, and may be asked for by name.
+            These are evaluated unless others are asked for, and may be asked for by name; the first of them explains
+            queries.
         name: What to call the experiment.
         features: The names of the columns, where an input is the row of a table.
         read: How the explorer reads a query that a person brings: a function of the path of an uploaded file, or of a
             typed text, that returns one input (or a whole example in the form of the data) without the batch axis. If
             None, pictures and rows of numbers are understood where the training data are such.
+        l2: The weight decay that was part of the training objective, ``(1/2) sum_j l2_j theta_j^2``: one coefficient,
+            or {regular expression of parameter names: coefficient}, as `Influence` and `unlearn` take it. Repairs and
+            the methods ``ggn`` and ``hessian`` use it; methods of your own say theirs. None: there was none.
 
     Raises:
         UpweightError: What is wrong with one of them, in one line.
@@ -88,6 +94,7 @@ class Experiment:
     name: str = "experiment"
     features: Sequence[str] | None = None
     read: Callable[[Any], object] | None = None
+    l2: L2 = 0.0
 
     def __init__(
         self,
@@ -102,6 +109,7 @@ class Experiment:
         name: str = "experiment",
         features: Sequence[str] | None = None,
         read: Callable[[Any], object] | None = None,
+        l2: L2 | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UpweightError(
@@ -142,6 +150,7 @@ class Experiment:
             "name": str(name),
             "features": None if features is None else [str(one) for one in features],
             "read": read,
+            "l2": _penalty(l2, model),
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
@@ -208,6 +217,31 @@ def _opened(data: Any, what: str) -> Examples:
         return data if isinstance(data, Examples) else Examples(data)
     except UpweightError as error:
         raise UpweightError(f"the experiment's {what}: {error}") from error
+
+
+def _penalty(l2: L2 | None, model: nn.Module) -> L2:
+    """A regulariser that can be one: a pattern that finds nothing would be no weight decay at all."""
+    try:
+        check_l2(0.0 if l2 is None else l2)
+    except UpweightError as error:
+        raise UpweightError(f"the experiment's {error}") from error
+    if not isinstance(l2, Mapping):
+        return 0.0 if l2 is None else l2
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in l2:
+        try:
+            found = any(re.search(pattern, name) for name in names)
+        except (re.error, TypeError) as error:
+            raise UpweightError(
+                f"the experiment's l2 names {pattern!r}, expected a regular expression ({error}) -> 'weight$' "
+                "for example"
+            ) from error
+        if not found:
+            raise UpweightError(
+                f"the experiment's l2 names {pattern!r}, which finds none of {names[:6]} -> a regular expression of "
+                "parameter names"
+            )
+    return dict(l2)
 
 
 def _article(value: object) -> str:

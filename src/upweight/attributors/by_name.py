@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 import upweight
+from upweight.curvature.exact import EXACT_KINDS
+from upweight.curvature.l2 import L2
 from upweight.errors import UpweightError
 from upweight.task import Task
 
@@ -58,7 +60,7 @@ def known(own: Mapping[str, Any] | None = None) -> list[str]:
     return list(dict.fromkeys([*(own or {}), *ours]))
 
 
-def build(spec: str, model: nn.Module, task: Task, own: Mapping[str, Any] | None = None) -> Any:
+def build(spec: str, model: nn.Module, task: Task, own: Mapping[str, Any] | None = None, l2: L2 = 0.0) -> Any:
     """The attributor of a name, not yet fitted.
 
     Args:
@@ -66,6 +68,8 @@ def build(spec: str, model: nn.Module, task: Task, own: Mapping[str, Any] | None
         model: What it is for.
         task: Its task.
         own: The user's own methods: attributors, or functions ``(model, task) -> attributor``.
+        l2: Weight decay of the training objective, for the exact curvatures unless the spec has another: the structured
+            ones model the loss alone, and have their damping in its place.
 
     Raises:
         UpweightError: The name or an option is not known, or the attributor refuses.
@@ -86,7 +90,10 @@ def build(spec: str, model: nn.Module, task: Task, own: Mapping[str, Any] | None
     if listed is None or not hasattr(upweight, listed[0]):
         raise UpweightError(f"there is no method {name!r} -> one of {', '.join(known(own))}")
     attributor = getattr(upweight, listed[0])
-    return attributor(model, task, **_checked(attributor, {**listed[1], **options}, spec))
+    options = {**listed[1], **options}
+    if options.get("curvature") in EXACT_KINDS:
+        options = {"l2": l2, **options}
+    return attributor(model, task, **_checked(attributor, options, spec))
 
 
 def _own(name: str, method: Any, model: nn.Module, task: Task) -> Any:

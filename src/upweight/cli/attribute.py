@@ -25,7 +25,7 @@ printed; all scores go to [bold]RUN/scores/METHOD.safetensors[/], which upweight
 [bold]Examples[/]
 
   [bold cyan]upweight attribute examples/digits_experiment.py:experiment[/]
-      the five strongest proponents and opponents of the first queries, by EK-FAC influence
+      the five strongest proponents and opponents of the first queries, by the experiment's own method
 
   [bold cyan]upweight attribute mine.py:experiment --method ggn:damping=0.01 --top 10 --out runs/mine[/]
       another method, with an option of its own, into a folder of your choice
@@ -41,9 +41,13 @@ def attribute(
     experiment: Address,
     out: Out = None,
     method: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="A method, NAME or NAME:OPTION=VALUE; a wrong name lists them."),
-    ] = "ekfac",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A method, NAME or NAME:OPTION=VALUE; a wrong name lists them. The first of the experiment's "
+            "methods=, or ekfac, if not given.",
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Proponents and opponents of each query.")] = 5,
     queries: Annotated[
         int, typer.Option(min=1, help="Queries printed; all are scored, and all are in the JSON.")
@@ -54,9 +58,10 @@ def attribute(
     """Which training examples made the model predict this?"""
     with session(json) as ours:
         bundle, folder = open_run(experiment, out)
-        from upweight.evaluate.comparison import file_name, scored
+        from upweight.evaluate.comparison import default_methods, file_name, scored
 
         ours.say(repr(bundle))
+        method = method or default_methods(bundle)[0]
         scores, seconds = scored(bundle, method)
         file = scores.save(folder / "scores" / file_name(method))
         found = _found(bundle, scores, top, len(scores.query_ids) if json else queries)

@@ -40,11 +40,13 @@ def explore(
     experiment: Address,
     out: Out = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="NAME", help="Method for queries without saved scores; a wrong name lists them."
+            metavar="NAME",
+            help="Method for queries without saved scores; a wrong name lists them. The first of the experiment's "
+            "methods=, or ekfac, if not given.",
         ),
-    ] = "ekfac",
+    ] = None,
     reviewer: Annotated[
         str | None, typer.Option(metavar="NAME", help="Who decides; your user name if not given.")
     ] = None,
@@ -61,11 +63,12 @@ def explore(
     """Look at scores, and decide about suspected labels, in a local web page."""
     with session(json) as ours:
         bundle, folder = open_run(experiment, out)
+        from upweight.evaluate.comparison import default_methods
         from upweight.explorer.run import Run
         from upweight.explorer.server import application, is_loopback, listen, serve
 
         ours.say(repr(bundle))
-        run = Run(bundle, folder, experiment, method, ours.say)
+        run = Run(bundle, folder, experiment, method or default_methods(bundle)[0], ours.say)
         opened = listen(host, port)
         try:
             app = application(run, host, reviewer if reviewer is not None else _user())

@@ -16,6 +16,7 @@ from upweight.cli.session import again, open_run, session
 from upweight.errors import UpweightError
 
 if TYPE_CHECKING:
+    from upweight.curvature.l2 import L2
     from upweight.experiment import Experiment
     from upweight.repair.result import Repair
 
@@ -37,7 +38,7 @@ and the repaired one is compared with them.
       forget three examples, named by their ids
 
   [bold cyan]upweight repair mine.py:experiment --relabel corrected.csv --l2 5e-4[/]
-      a table with the columns id and label; 5e-4 was the weight decay
+      a table with the columns id and label; 5e-4 was the weight decay, which the experiment does not say
 
   [bold cyan]upweight repair mine.py:experiment --verify --seeds 3[/]
       the decisions of the run folder, and how near the result is to three models trained on them
@@ -90,8 +91,12 @@ def repair(
     ] = None,
     damping: Annotated[str, typer.Option(metavar="NUMBER", help="auto, a number, or '0.1 mean'.")] = "auto",
     l2: Annotated[
-        float, typer.Option(min=0, help="Weight decay of the training objective, (l2/2) |theta|^2.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Weight decay of the training objective, (l2/2) |theta|^2; the experiment's l2= if not given.",
+        ),
+    ] = None,
     convention: Annotated[
         str,
         typer.Option(metavar="NAME", help="mean: the objective divides by what is left; sum: still by n."),
@@ -117,7 +122,8 @@ def repair(
             )
         wanted = _wanted(bundle, folder, remove, relabel, decisions)
         ours.say(f"{wanted.source}: {len(wanted.remove)} to forget, {len(wanted.labels)} to relabel")
-        done = _repaired(bundle, wanted, method, curvature, _number(damping), l2, convention)
+        penalty = bundle.l2 if l2 is None else l2
+        done = _repaired(bundle, wanted, method, curvature, _number(damping), penalty, convention)
         place = folder / "repair"
         file = done.save(place, experiment=bundle.name, address=experiment, source=wanted.source)
         ours.stopped = lambda: f"the repair is in {place}, its verification is not -> go on with: {again()}"
@@ -165,7 +171,7 @@ def _repaired(
     method: str,
     curvature: str | None,
     damping: float | str,
-    l2: float,
+    l2: L2,
     convention: str,
 ) -> Repair:
     from upweight.repair.amend import amend

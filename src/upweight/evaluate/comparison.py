@@ -132,7 +132,7 @@ def scored(experiment: Experiment, spec: str) -> tuple[Scores, float]:
         UpweightError: There is no such method, or it refuses the experiment.
     """
     started = time.perf_counter()
-    method = build(spec, experiment.model, experiment.task, experiment.methods)
+    method = build(spec, experiment.model, experiment.task, experiment.methods, experiment.l2)
     scores = method.fit(experiment.train).attribute(experiment.query)
     if not isinstance(scores, Scores):
         raise UpweightError(

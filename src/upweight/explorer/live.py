@@ -44,7 +44,7 @@ class Live:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.experiment, self.folder, self.name, self.say = experiment, folder, method, say
-        self._method = build(method, experiment.model, experiment.task, experiment.methods)
+        self._method = build(method, experiment.model, experiment.task, experiment.methods, experiment.l2)
         self._fitted = False
         self._lock = threading.RLock()
         self._answers: OrderedDict[tuple[str, bool], Scores] = OrderedDict()
