@@ -10,13 +10,13 @@ import pytest
 import torch
 from networks import Counting, N, digits, spearman, trained
 from stores import flip
-from torch import Tensor, nn
+from torch import nn
 
 import upweight as uw
 from upweight import cache as cache_module
 from upweight import index as index_module
 from upweight.cache import decode, encode
-from upweight.errors import CacheMismatchError, StoreError, UpweightError
+from upweight.errors import StoreError, UpweightError
 from upweight.gradients import Dense, Factored, Gradients, Sparse
 from upweight.gradients.blocks import Piece
 from upweight.gradients.operations import Patches
@@ -208,80 +208,6 @@ def test_one_row_an_example_gets_16_bits_and_tiny_gradients_do_not_vanish():
         found = decode(tensors, meta, torch.float32)["layer"].pieces[0].rows
         error = (found - rows).flatten(1).norm(dim=1) / rows.flatten(1).norm(dim=1).clamp_min(1e-38)
         assert float(error.max()) < 1e-4 and (found[2] == 0).all()
-
-
-# Refused -------------------------------------------------------------------------------------------------------------
-
-
-def halved(model: nn.Module, batch) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") / 2
-
-
-def whole(model: nn.Module, batch) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-def changed_weight(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        model[1].weight[0, 0] += 1e-3
-    return model
-
-
-def test_a_cache_of_something_else_is_refused(tmp_path):
-    train, _ = digits()
-    other = train[0].clone(), train[1].clone()
-    other[0][3, 0, 0, 0] += 1e-3
-    task = uw.Task.from_functions(whole)
-    whole.__qualname__ = halved.__qualname__ = "loss"
-    uw.Influence(trained("mlp"), task, progress=False).fit(train, cache=tmp_path)
-    refused = {
-        "model": (changed_weight(trained("mlp")), task, {}, train, tmp_path),
-        "train": (trained("mlp"), task, {}, other, tmp_path),
-        "training loss": (trained("mlp"), uw.Task.from_functions(halved), {}, train, tmp_path),
-        "task": (trained("mlp"), uw.Classification(), {}, train, tmp_path),
-        "precision": (trained("mlp"), task, {}, train, uw.Cache(tmp_path, "int8")),
-        "layers": (trained("mlp"), task, {"parameters": "^1"}, train, tmp_path),
-        "autocast": (trained("mlp"), task, {"autocast": torch.bfloat16}, train, tmp_path),
-    }
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for what, (model, task, options, data, cache) in refused.items():
-        with pytest.raises(CacheMismatchError) as caught:
-            uw.Influence(model, task, progress=False, **options).fit(data, cache=cache)
-        message = str(caught.value)
-        assert what in message and str(tmp_path) in message and "->" in message and "\n" not in message, (
-            message
-        )
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    uw.Influence(trained("mlp"), uw.Task.from_functions(whole), progress=False).fit(train, cache=tmp_path)
-
-
-def test_scores_of_something_else_are_refused(tmp_path):
-    train, query = digits()
-    method = influence().fit(train)
-    method.attribute(query, out=tmp_path)
-    x, y = query
-    refused = {
-        "queries": lambda: method.attribute((x + 1e-3, y), out=tmp_path),
-        "damping": lambda: method.with_damping(0.1).attribute(query, out=tmp_path),
-        "curvature": lambda: influence(curvature="kfac").fit(train).attribute(query, out=tmp_path),
-        "per_layer": lambda: method.attribute(query, per_layer=True, out=tmp_path),
-        "holds": lambda: influence().fit(train, cache=tmp_path),
-    }
-    for what, call in refused.items():
-        with pytest.raises(CacheMismatchError, match=what) as caught:
-            call()
-        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-
-    def measured(scale: float) -> uw.Task:
-        return uw.Classification(lambda model, batch: scale * whole(model, batch), unit="nats")
-
-    def by(task: uw.Task) -> uw.Scores:
-        method = uw.Influence(trained("mlp"), task, progress=False).fit(train)
-        return method.attribute(query, out=tmp_path / "functions")
-
-    by(measured(1.0))
-    with pytest.raises(CacheMismatchError, match="measurement"):
-        by(measured(2.0))
 
 
 # Damage --------------------------------------------------------------------------------------------------------------

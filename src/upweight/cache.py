@@ -182,11 +182,13 @@ def check_same(
     stored: Sequence[float], now: Sequence[float], what: str, folder: str | os.PathLike[str]
 ) -> None:
     """Raise if numbers that a folder's content was computed with are not today's, up to rounding."""
-    for position, (one, other) in enumerate(zip(stored, now, strict=True)):
+    place, way_out = os.fspath(folder), "name another folder, or delete this one to have it rebuilt"
+    if len(stored) != len(now):
+        raise CacheMismatchError(f"{place} was written for other data or by another version -> {way_out}")
+    for one, other in zip(stored, now, strict=True):
         if abs(one - other) > 1e-5 + 1e-3 * max(abs(one), abs(other)):
             raise CacheMismatchError(
-                f"{os.fspath(folder)} belongs to another {what}: that of example {position} is {one:g} there but "
-                f"{other:g} here -> name another folder, or delete this one to have it rebuilt"
+                f"{place} belongs to another {what}: an example has {one:g} there but {other:g} here -> {way_out}"
             )
 
 

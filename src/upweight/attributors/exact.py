@@ -89,9 +89,18 @@ def fit_exact(method: Influence, tracker: Tracker, examples: Examples) -> Solved
     return curvature
 
 
-def solver_name(curvature: Any) -> str:
-    """The name of what solves with a curvature."""
-    return curvature.solver if isinstance(curvature.solver, str) else curvature.solver.name
+def solver_settings(curvature: Any, preconditioner: Any) -> dict[str, Any]:
+    """What solves with a curvature, and its options that are numbers or words."""
+    chosen = {"solver": curvature.solver, "preconditioner": preconditioner}
+    return {
+        name: part
+        if part is None or isinstance(part, str)
+        else {
+            "name": getattr(part, "name", type(part).__name__),
+            **{key: v for key, v in sorted(vars(part).items()) if isinstance(v, (int, float, str))},
+        }
+        for name, part in chosen.items()
+    }
 
 
 def solve_evidence(inverse: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upweight.attributors.exact import fit_exact
-from upweight.attributors.manifest import first_losses, gradients_manifest
+from upweight.attributors.manifest import gradients_manifest, sample_of_task
 from upweight.budget import KEEP_SHARE, batch_size_for
 from upweight.cache import Cache, CachePass, SavedCurvature, shard_examples
 from upweight.curvature import Curvature, fit_curvature
@@ -84,6 +84,14 @@ class Fitted:
         return self.tracker.dtype
 
     @property
+    def rounded(self) -> str | None:
+        """The precision of training gradients that a cache keeps rounded; None where they are exact."""
+        if self.index is not None:
+            return "index"
+        stored = self.training
+        return stored.cache.precision if isinstance(stored, CachePass) and stored.lossy else None
+
+    @property
     def step(self) -> int:
         """Training examples per tile of the scores."""
         if self.index is not None:
@@ -128,7 +136,7 @@ def fit_influence(
     saved = None
     if cache is not None:
         manifest = gradients_manifest(method, tracker, examples)
-        saved = SavedCurvature(cache, manifest, first_losses(tracker, examples))
+        saved = SavedCurvature(cache, manifest, sample_of_task(tracker, examples))
     index = columns = keeper = None
     rotated: dict[str, Kronecker] = {}
     if exact is not None:
@@ -186,7 +194,7 @@ def _training_pass(
     rows = examples.preferred_batch_size or shard_examples(examples, example_bytes)
     source = ModelPass(tracker, examples, rows)
     stored = CachePass(
-        cache, gradients_manifest(method, tracker, examples), source, first_losses(tracker, examples)
+        cache, gradients_manifest(method, tracker, examples), source, sample_of_task(tracker, examples)
     )
     with progress_bar("training gradients", examples.n, method.progress) as advance:
         stored.write(advance)

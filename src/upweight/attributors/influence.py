@@ -23,10 +23,10 @@ from upweight.attributors.base import explained_by_form
 from upweight.attributors.changes import TrainingSetChanges
 from upweight.attributors.corrections import Corrected, Correction, check_correction
 from upweight.attributors.evidence import influence_info, measure_separable_error
-from upweight.attributors.exact import check_curvature, solve_evidence, solver_name
+from upweight.attributors.exact import check_curvature, solve_evidence, solver_settings
 from upweight.attributors.fitted import CALIBRATED, Fitted, fit_influence, spread
 from upweight.attributors.functional import FunctionalQueries, functional_gradients, functional_queries
-from upweight.attributors.manifest import first_values, scores_manifest
+from upweight.attributors.manifest import sample_of_scores, scores_manifest
 from upweight.attributors.tiles import WHOLE, ScoreTiles, fill_tiles
 from upweight.budget import KEEP_SHARE, PANEL_SHARE, batch_size_for, parse_memory
 from upweight.cache import Cache
@@ -219,7 +219,7 @@ class Influence(TrainingSetChanges):
         manifest = scores_manifest(
             self, fitted.tracker, fitted.examples, queries, per_layer, self._settings(fitted)
         )
-        evidence = first_values(fitted.tracker, fitted.examples, queries, out)
+        evidence = sample_of_scores(fitted.tracker, fitted.examples, queries, out)
 
         def panel(start: int, stop: int) -> Any:
             return self._preconditioned(queries, start, stop, correction.queries, router)
@@ -396,7 +396,9 @@ class Influence(TrainingSetChanges):
             "tolerance": self.tolerance,
         }
         if self.curvature in EXACT_KINDS:
-            settings |= {"solver": solver_name(fitted.curvature), "l2": describe_l2(self.l2)}
+            settings |= solver_settings(fitted.curvature, self.preconditioner) | {"l2": describe_l2(self.l2)}
+        if fitted.rounded:
+            settings["gradients"] = fitted.rounded
         if self.correction:
             settings["correction"] = self.correction
         return settings

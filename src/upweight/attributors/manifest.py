@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from upweight.attributors.base import explained_by_form
-from upweight.attributors.functional import FunctionalQueries
+from upweight.attributors.functional import FunctionalQueries, functional_gradients
 from upweight.data import Examples, signature
 from upweight.fingerprint import model_fingerprint
 from upweight.gradients import Tracker
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from upweight.attributors.base import Attributor
     from upweight.attributors.influence import Influence
 
-FIRST = 8
+FEW = 8
 """Examples whose losses and measurements tell two functions of one name apart."""
 
 
@@ -58,26 +58,28 @@ def scores_manifest(
     }
 
 
-def first_losses(tracker: Tracker, examples: Examples) -> list[float]:
-    """Training losses of the first few examples: two losses of one name would otherwise pass for the same."""
+def sample_of_task(tracker: Tracker, examples: Examples) -> list[float]:
+    """What the task's functions are of a few examples: two of one name would otherwise pass for the same."""
     with torch.no_grad(), tracker.quietly():
-        batch = tracker.move(examples.take(range(min(examples.n, FIRST))))
-        return [float(loss) for loss in tracker.task.train_loss(tracker.model, batch)]
+        batch = tracker.move(examples.take(_spread(examples)))
+        return tracker.task.sample(tracker.model, batch)
 
 
-def first_values(
+def sample_of_scores(
     tracker: Tracker,
     examples: Examples,
     queries: Examples | FunctionalQueries,
     out: str | os.PathLike[str] | None,
 ) -> dict[str, list[float]]:
-    """The first losses and measurements, if scores are written to a folder, for when that run is resumed."""
+    """The same and a few measurements, if scores are written to a folder, for when that run is resumed."""
     if out is None:
         return {}
     if isinstance(queries, FunctionalQueries):
-        measurements = [float(f.value(tracker.model).detach()) for f in queries.functionals[:FIRST]]
+        few = queries.functionals[:FEW]
+        slopes = functional_gradients(tracker, few).dense().norm(dim=1)  # two may agree in their value
+        measurements = [*(float(f.value(tracker.model).detach()) for f in few), *slopes.tolist()]
     else:
-        batch = queries.take(range(min(queries.n, FIRST)))
+        batch = queries.take(_spread(queries))
 
         def measured() -> Tensor:
             with torch.no_grad(), tracker.quietly():
@@ -85,4 +87,10 @@ def first_values(
 
         form = signature(examples.take([0]))
         measurements = [float(m) for m in explained_by_form(batch, form, measured)]
-    return {"training loss": first_losses(tracker, examples), "measurement": measurements}
+    return {"training loss": sample_of_task(tracker, examples), "measurement": measurements}
+
+
+def _spread(examples: Examples) -> list[int]:
+    """A few positions from all over the data."""
+    n = examples.alike
+    return sorted({round(k * (n - 1) / (FEW - 1)) for k in range(FEW)})

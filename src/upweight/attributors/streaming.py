@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upweight.attributors.base import Attributor, explained_by_form
 from upweight.attributors.last_layer import parameter_filter
-from upweight.attributors.manifest import first_values, scores_manifest
+from upweight.attributors.manifest import sample_of_scores, scores_manifest
 from upweight.attributors.tiles import WHOLE, ScoreTiles, fill_tiles
 from upweight.budget import KEEP_SHARE, PANEL_SHARE, batch_size_for
 from upweight.curvature.operators import Identity
@@ -74,7 +74,7 @@ class Source:
         names = list(self.tracker.layers) if per_layer else None
         grid = {"panel": self._panel_size(queries.n), "step": self.batch_size}
         manifest = scores_manifest(self.method, self.tracker, self.examples, queries, per_layer, settings)
-        evidence = first_values(self.tracker, self.examples, queries, out)
+        evidence = sample_of_scores(self.tracker, self.examples, queries, out)
 
         def product(query: Gradients, train: Gradients) -> dict[str, Tensor]:
             return query.by_layer(train.T) if per_layer else {WHOLE: query @ train.T}

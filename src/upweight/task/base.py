@@ -104,6 +104,19 @@ class Task:
         """What tells this task's training loss from another's, for the manifest of a cache."""
         return type(self).__name__
 
+    def sample(self, model: nn.Module, batch: Batch) -> list[float]:
+        """What the task's functions are of a batch: two of one name would otherwise pass for the same."""
+        found = [self.train_loss(model, batch)]
+        if self.mask is not None:
+            found.append(self.mask(batch).flatten(1).sum(1))
+        return torch.cat([part.double().cpu() for part in found]).tolist()
+
+    @property
+    def measured_by(self) -> Callable[..., Any] | None:
+        """The user's own code behind `measure`, a function or a class; None for a measurement that has a name."""
+        ours = type(self).__module__.partition(".")[0] == "upweight"
+        return None if ours else type(self)
+
     @property
     def orientation(self) -> int:
         """+1 if a higher measurement is worse (a loss), -1 if it is better: scores are oriented here and only here."""
@@ -159,6 +172,16 @@ class _Functions(Task):
     @property
     def name(self) -> str:
         return f"function {getattr(self._loss, '__qualname__', type(self._loss).__name__)}"
+
+    @property
+    def measured_by(self) -> Callable[..., Any] | None:
+        return self._measure or self._loss
+
+    def sample(self, model: nn.Module, batch: Batch) -> list[float]:
+        found = super().sample(model, batch)
+        if self._sampled is not None:
+            found += self._sampled(model, batch, torch.Generator().manual_seed(0)).double().tolist()
+        return found
 
     def train_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._loss(model, batch)

@@ -66,6 +66,10 @@ class OutputTask(Task):
 
     # What follows from it ----------------------------------------------------------------------------------------
 
+    @property
+    def measured_by(self) -> Callable[..., Any] | None:
+        return super().measured_by if self._by_output else self._measure
+
     def train_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         outputs, targets = self.forward(model, batch)
         return self.loss(outputs, targets)
