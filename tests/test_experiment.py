@@ -9,6 +9,7 @@ from refusals import refused
 
 import upweight as uw
 from upweight.attributors.by_name import BASELINES, METHODS, build, known
+from upweight.evaluate.comparison import is_baseline
 
 SMALL = """
 import torch, upweight as uw
@@ -190,5 +191,23 @@ def test_methods_are_built_by_name():
             build(spec, model, task)
     with refused("set its options there"):
         build("mine:l2=1", model, task, {"mine": ready})
+    with refused("set its options there"):
+        build("mine:oops", model, task, {"mine": ready})
     with refused("'mine' is int, expected an attributor"):
         build("mine", model, task, {"mine": lambda model, task: 3})
+
+
+def test_methods_of_ones_own_are_told_apart_by_their_exact_names():
+    model, task = torch.nn.Linear(2, 2), uw.Classification()
+    own = {
+        name: uw.GradDot(model, task) for name in ("inf", "Inf", "in_f", "ggn:damping=1", "a:b:c", "loss:b")
+    }
+    for name, method in own.items():
+        assert build(name, model, task, own) is method
+    assert build("A:B:C", model, task, own) is own["a:b:c"]
+    assert build("ggn:damping=2", model, task, own).damping.value == 2  # the library's
+    with refused("'INF' may be 'inf' or 'Inf' -> spell it as the experiment does"):
+        build("INF", model, task, own)
+    x, y = torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)
+    experiment = uw.Experiment(model, task, (x, y), (x, y), methods=own)
+    assert [is_baseline(name, experiment) for name in ("loss:b", "loss", "inf")] == [False, True, False]

@@ -15,7 +15,7 @@ from upweight.curvature.l2 import L2
 from upweight.errors import UpweightError
 from upweight.task import Task
 
-__all__ = ["BASELINES", "METHODS", "build", "key_of", "known"]
+__all__ = ["BASELINES", "METHODS", "build", "key_of", "known", "own_name"]
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ekfac": ("Influence", {"curvature": "ekfac"}),
@@ -60,11 +60,36 @@ def known(own: Mapping[str, Any] | None = None) -> list[str]:
     return list(dict.fromkeys([*(own or {}), *ours]))
 
 
+def own_name(spec: str, own: Mapping[str, Any] | None) -> str | None:
+    """Which of the user's own methods a spec means, if any: of the whole text, or of what stands before its options.
+
+    The exact spelling comes first; another one is understood where only one method is spelt so.
+
+    Raises:
+        UpweightError: Several methods are spelt so but for case, ``_`` and ``-``, and none exactly.
+
+    >>> own_name("Mine", {"mine": 1}), own_name("b:c", {"B": 1, "b:c": 2}), own_name("ggn", {"mine": 1})
+    ('mine', 'b:c', None)
+    """
+    for text in dict.fromkeys((spec, spec.partition(":")[0])):
+        if own and text in own:
+            return text
+        alike = [name for name in own or () if key_of(name) == key_of(text)]
+        if len(alike) > 1:
+            raise UpweightError(
+                f"{text!r} may be {' or '.join(map(repr, alike))} -> spell it as the experiment does"
+            )
+        if alike:
+            return alike[0]
+    return None
+
+
 def build(spec: str, model: nn.Module, task: Task, own: Mapping[str, Any] | None = None, l2: L2 = 0.0) -> Any:
     """The attributor of a name, not yet fitted.
 
     Args:
-        spec: ``NAME`` or ``NAME:OPTION=VALUE:OPTION=VALUE``; options are arguments of the attributor's class.
+        spec: ``NAME`` or ``NAME:OPTION=VALUE:OPTION=VALUE``; options are arguments of the attributor's class. One of
+            the user's own is found by its whole name first, which may hold colons.
         model: What it is for.
         task: Its task.
         own: The user's own methods: attributors, or functions ``(model, task) -> attributor``.
@@ -81,11 +106,12 @@ def build(spec: str, model: nn.Module, task: Task, own: Mapping[str, Any] | None
         ('Influence', 'ggn')
     """
     name, *settings = spec.split(":")
-    options = dict(_option(setting, spec) for setting in settings)
-    if own and (mine := next((own[key] for key in own if key_of(key) == key_of(name)), None)) is not None:
-        if options:
+    mine = own_name(spec, own)
+    if own and mine is not None:
+        if settings and key_of(mine) != key_of(spec):
             raise UpweightError(f"{spec!r}: {name} is the experiment's own -> set its options there")
-        return _own(name, mine, model, task)
+        return _own(mine, own[mine], model, task)
+    options = dict(_option(setting, spec) for setting in settings)
     listed = {**METHODS, **BASELINES}.get(key_of(name))
     if listed is None or not hasattr(upweight, listed[0]):
         raise UpweightError(f"there is no method {name!r} -> one of {', '.join(known(own))}")

@@ -75,7 +75,9 @@ def evaluate(
 
         ours.say(repr(bundle))
         ours.stopped = lambda: _how_to_go_on(folder)
-        names = [name.strip() for one in methods or [] for name in one.split(",") if name.strip()]
+        own = bundle.methods or {}
+        asked = [name for one in methods or [] for name in ([one] if one in own else one.split(","))]
+        names = [name.strip() for name in asked if name.strip()]
         plan = Plan(subsets, seeds, fraction, seed, jobs or 1)
         comparison = compare(bundle, folder, names or None, plan, say=ours.say)
         files = write(comparison, folder, experiment, ours.warned)

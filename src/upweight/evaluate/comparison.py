@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from upweight.attributors.by_name import BASELINES, METHODS, build, key_of
+from upweight.attributors.by_name import BASELINES, METHODS, build, key_of, own_name
 from upweight.errors import UpweightError
 from upweight.evaluate import subsets as draw
 from upweight.evaluate.bank import RetrainingBank
@@ -249,9 +249,8 @@ def _judged(
 
 def is_baseline(name: str, experiment: Experiment) -> bool:
     """Whether a name is that of a baseline, and not of the experiment's own method."""
-    own = {key_of(one) for one in experiment.methods or ()}
     key = key_of(name.split(":")[0])
-    return key in BASELINES and key not in METHODS and key not in own
+    return key in BASELINES and key not in METHODS and own_name(name, experiment.methods) is None
 
 
 def file_name(spec: str) -> str:
