@@ -156,9 +156,9 @@ def test_a_failed_run_is_tried_twice_reported_and_left_out(fault, said, tmp_path
     outcomes = made.outcomes("queries")
     assert np.isnan(outcomes.values[with_zero, 1]).all() and np.isfinite(outcomes.values[:, 0]).all()
     np.testing.assert_array_equal(outcomes.complete().masks, made.subsets.masks[~with_zero])
-    with pytest.warns(UserWarning, match="failed twice"):  # it is not tried for ever
+    with pytest.warns(UserWarning, match="failed twice"):  # a later call tries it once more
         assert made.run().trained == 0
-    assert sum(Counter(log.read_text().split()).values()) == sum(counts.values())
+    assert sorted(Counter(log.read_text().split()).values()) == [*sorted(counts.values())[:-2], 3, 3]
 
 
 def test_a_run_that_fails_once_is_repaired(tmp_path):

@@ -6,7 +6,6 @@ come in. Killing it loses at most the models that are being trained at that mome
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
 import warnings
@@ -20,18 +19,32 @@ import numpy as np
 from torch import Tensor, nn
 
 from upweight.data import Examples
-from upweight.errors import CacheMismatchError, UpweightError
-from upweight.evaluate.checks import (
-    check_inputs_matter,
-    function_digest,
+from upweight.errors import UpweightError
+from upweight.evaluate.checks import check_inputs_matter, check_train_fn
+from upweight.evaluate.identity import (
+    check_query,
+    check_subsets,
+    code_digests,
+    manifest_of,
     warn_of_changed_code,
 )
 from upweight.evaluate.outcomes import Outcomes
 from upweight.evaluate.parallel import in_parallel
 from upweight.evaluate.plan import Plan
-from upweight.evaluate.records import BankReport, attempt_key, kept_state, later_key, plain_ids, run_key
+from upweight.evaluate.records import (
+    ATTEMPTS,
+    BankReport,
+    about_queries,
+    attempt_key,
+    failures,
+    kept_state,
+    later_key,
+    plain_ids,
+    run_key,
+    tries_left,
+)
 from upweight.evaluate.runs import Finished, Run, remeasure, train_and_measure
-from upweight.evaluate.subsets import Subsets, half_subsets
+from upweight.evaluate.subsets import Subsets
 from upweight.progress import progress_bar
 from upweight.store import ShardStore
 from upweight.task import Task
@@ -39,7 +52,6 @@ from upweight.task import Task
 __all__ = ["RetrainingBank"]
 
 TrainFunction = Callable[..., Any]
-ATTEMPTS = 2
 
 
 class RetrainingBank:
@@ -111,30 +123,18 @@ class RetrainingBank:
             raise UpweightError(
                 f"task is {type(task).__name__}, expected a Task -> uw.Classification() for example"
             )
-        self.subsets = half_subsets(n, subsets) if isinstance(subsets, int) else subsets
-        if self.subsets.n != n:
-            raise UpweightError(
-                f"the subsets are of {self.subsets.n} examples, but n={n} -> draw them for n={n}"
-            )
-        self.seeds = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise UpweightError(
-                f"seeds={seeds!r}, expected at least one and no repeats -> seeds=3 for example"
-            )
-        if any(self.subsets.labels) and "labels" not in inspect.signature(train_fn).parameters:
-            raise UpweightError(
-                "the subsets change labels, but train_fn takes no argument 'labels' -> def train_fn(indices, seed, "
-                "labels=None), with labels a dict {position: label}"
-            )
+        self._plan = Plan.of(n, subsets, seeds)
+        self.subsets, self.seeds = self._plan.subsets, self._plan.seeds
+        check_train_fn(train_fn, self.subsets)
         self.folder, self.train_fn, self.task, self.n = Path(folder).expanduser(), train_fn, task, n
         self.keep_models, self.model_fn, self.settings = keep_models, model_fn, dict(settings or {})
         self.n_jobs = n_jobs if n_jobs is not None else 1 if backend == "loky" else -1
         self.backend, self.progress = backend, progress
-        self._plan = Plan(self.subsets, self.seeds)
         self._queries: dict[str, Examples] = {}
+        self._code = code_digests(train_fn, task)
         if (self.folder / "manifest.json").exists():
             with self._reading() as store:
-                self._check_runs(store)
+                self._check(store)
 
     # What a user does --------------------------------------------------------------------------------------------
 
@@ -155,8 +155,8 @@ class RetrainingBank:
             self._queries[name] = examples
             return
         with self._reading() as store:
-            self._check_query(store, name, examples)
-            missing = [run for run in self._plan if store.has(run.key) and not self._has(store, run, name)]
+            check_query(store, self._plan, name, examples)
+            missing = [r for r in self._plan if store.has(r.key) and not about_queries(store, r, name)]
         self._queries[name] = examples
         if not missing:
             return
@@ -176,10 +176,11 @@ class RetrainingBank:
         """Train and measure whatever is missing; finished models are never trained again.
 
         Returns:
-            What was done, and which runs failed. A failed run (an exception, or a NaN) is tried once more.
+            What was done, and which runs failed. A failed run (an exception, or a NaN) is tried once more, and again by
+            every later call: twice if train_fn was changed since.
 
         Raises:
-            UpweightError: Nothing would be kept; every run failed; or train_fn ignores its indices.
+            UpweightError: Nothing would be kept; every run failed; or train_fn ignores its indices or returns None.
 
         Warns:
             UserWarning: Runs failed, train_fn ignores its seed, or its code is not the one the folder began with.
@@ -191,24 +192,27 @@ class RetrainingBank:
         started = time.perf_counter()
         trained = 0
         with self._writing() as store:
-            self._check_runs(store)
+            self._check(store)
             for name, examples in self._queries.items():
-                self._check_query(store, name, examples)
+                check_query(store, self._plan, name, examples)
             waves = self._plan.waves()
-            todo = [[run for run in wave if self._outstanding(store, run)] for wave in waves]
+            todo = [[run for run in wave if not store.has(run.key)] for wave in waves]
+            code = self._code["train_fn"]
+            tries = {run.key: tries_left(store, run, code) for wave in todo for run in wave}
             with progress_bar("retraining", sum(map(len, todo)), self.progress) as advance:
                 for number, wave in enumerate(todo):
-                    for _ in range(ATTEMPTS):
-                        wave = [run for run in wave if self._outstanding(store, run)]
+                    while wave:
                         for finished in self._in_parallel(wave):
                             self._record(store, finished)
+                            tries[finished.run.key] -= 1
                             trained += finished.error is None
                             if finished.error is None:
                                 advance(1)
+                        wave = [run for run in wave if not store.has(run.key) and tries[run.key]]
                     if number == 0:  # after the first few models, rather than after a night
                         check_inputs_matter(store, waves[0])
             failed = [
-                (run.subset, run.seed, store.meta(attempt_key(run, ATTEMPTS))["error"])
+                (run.subset, run.seed, failures(store, run)[-1]["error"])
                 for run in self._plan
                 if not store.has(run.key)
             ]
@@ -219,10 +223,11 @@ class RetrainingBank:
             first = f"first: subset {subset}, seed {seed}: {error}"
             if len(failed) == planned:
                 raise UpweightError(
-                    f"all {planned} runs failed, {first} -> run train_fn by hand; use a new folder"
+                    f"all {planned} runs failed, {first} -> run train_fn by hand, then the bank again"
                 )
             warnings.warn(
-                f"{len(failed)} of {planned} runs failed twice and take part in nothing ({first})",
+                f"{len(failed)} of {planned} runs failed twice or more and take part in nothing ({first}) -> repair "
+                "train_fn, and run the bank again: it trains what is missing",
                 stacklevel=2,
             )
         return report
@@ -242,13 +247,13 @@ class RetrainingBank:
         with self._reading() as store:
             for run in self._plan:
                 if not store.has(run.key):
-                    outstanding += self._outstanding(store, run)
+                    outstanding += len(failures(store, run)) < ATTEMPTS
                     continue
                 measured = self._read(store, run, name).double().numpy()
                 seconds += store.meta(run.key)["seconds"]
                 if values is None:
                     values = np.full((len(self.subsets), len(self.seeds), len(measured)), np.nan)
-                    ids = self._about(store, run, name).get("ids")
+                    ids = about_queries(store, run, name).get("ids")
                 values[run.subset, self.seeds.index(run.seed)] = measured
         if outstanding or values is None:
             raise UpweightError(f"{outstanding} models are still to be trained -> bank.run()")
@@ -277,11 +282,6 @@ class RetrainingBank:
 
     # Work --------------------------------------------------------------------------------------------------------
 
-    def _outstanding(self, store: ShardStore, run: Run) -> bool:
-        return not store.has(run.key) and not store.has(attempt_key(run, ATTEMPTS))
-
-    # Work --------------------------------------------------------------------------------------------------------
-
     def _in_parallel(self, runs: Sequence[Run]) -> Iterable[Finished]:
         jobs = (
             joblib.delayed(train_and_measure)(self.train_fn, self.task, self._queries, run, self.keep_models)
@@ -294,10 +294,10 @@ class RetrainingBank:
         meta = {
             "subset": self.subsets.digest(run.subset) if run.subset >= 0 else "probe",
             "seconds": round(finished.seconds, 3),
-            "train_fn": function_digest(self.train_fn),
+            **self._code,
         }
         if finished.error is not None:
-            attempt = 1 + store.has(attempt_key(run, 1))
+            attempt = 1 + len(failures(store, run))
             store.write(attempt_key(run, attempt), {}, {**meta, "error": finished.error})
             return
         tensors = {f"query/{name}": values for name, values in finished.measurements.items()}
@@ -315,23 +315,14 @@ class RetrainingBank:
                 state = kept_state(store.read(run.key))
                 assert self.model_fn is not None
                 values = remeasure(self.model_fn, state, self.task, examples, name)
-                meta = {"fingerprint": fingerprint, **plain_ids(examples)}
+                meta = {"fingerprint": fingerprint, **plain_ids(examples), **self._code}
                 store.write(later_key(run, name), {f"query/{name}": values}, meta)
                 advance(1)
 
     # Reading -----------------------------------------------------------------------------------------------------
 
-    def _about(self, store: ShardStore, run: Run, name: str) -> dict[str, Any]:
-        """Fingerprint and ids of the queries that a finished run measured under a name; empty if it did not."""
-        if store.has(later_key(run, name)):
-            return store.meta(later_key(run, name))
-        return store.meta(run.key)["queries"].get(name, {})
-
-    def _has(self, store: ShardStore, run: Run, name: str) -> bool:
-        return bool(self._about(store, run, name))
-
     def _read(self, store: ShardStore, run: Run, name: str) -> Tensor:
-        if not self._has(store, run, name):
+        if not about_queries(store, run, name):
             known = sorted(store.meta(run.key)["queries"])
             raise UpweightError(
                 f"no queries are called {name!r} here (but {known}) -> bank.measure(query, {name!r})"
@@ -340,16 +331,7 @@ class RetrainingBank:
         return store.read(key)[f"query/{name}"]
 
     def _manifest(self) -> dict[str, Any]:
-        task = self.task
-        return {
-            "holds": "retraining bank",
-            "n": self.n,
-            "task": task.name,
-            "measurement": str(getattr(task, "measurement", "function")),
-            "higher_is_better": task.higher_is_better,
-            "keep_models": self.keep_models,
-            "settings": self.settings,
-        }
+        return manifest_of(self.folder, self.task, self.n, self.keep_models, self.settings)
 
     @contextmanager
     def _reading(self) -> Iterator[ShardStore]:
@@ -364,25 +346,6 @@ class RetrainingBank:
         with ShardStore.open(self.folder, self._manifest()) as store:
             yield store
 
-    def _check_runs(self, store: ShardStore) -> None:
-        """Refuse a folder whose models were trained on other subsets."""
-        for run in self._plan:
-            if store.has(run.key) and store.meta(run.key)["subset"] != self.subsets.digest(run.subset):
-                name = self.subsets.names[run.subset]
-                raise CacheMismatchError(
-                    f"{self.folder} holds a model of another subset {run.subset} than {name!r} -> name another folder "
-                    "(one folder serves more or fewer of the same subsets, but no others)"
-                )
-        warn_of_changed_code(store, self.train_fn)
-
-    def _check_query(self, store: ShardStore, name: str, examples: Examples) -> None:
-        fingerprint = examples.fingerprint()
-        for run in self._plan:
-            if not store.has(run.key):
-                continue
-            theirs = self._about(store, run, name).get("fingerprint")
-            if theirs not in (None, fingerprint):
-                raise CacheMismatchError(
-                    f"{self.folder} measured other queries under the name {name!r} (fingerprint {theirs[:8]}, not "
-                    f"{fingerprint[:8]}) -> give these another name, or the bank another folder"
-                )
+    def _check(self, store: ShardStore) -> None:
+        check_subsets(store, self._plan, self.subsets)
+        warn_of_changed_code(store, self._code)

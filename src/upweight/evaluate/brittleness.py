@@ -140,7 +140,7 @@ def retrain_in(
         values = bank.outcomes("wrong").values
         if np.isnan(values).any():
             raise UpweightError(
-                "a run failed, and its subset decides the bisection -> see bank.run(), use a new folder"
+                "a run failed, and its subset decides the bisection -> see bank.run(), repair train_fn and run it again"
             )
         return values > 0
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +28,29 @@ def most_different(subsets: Subsets) -> tuple[int, int | None]:
     return first, plain[other] if differing[other] >= DIFFERENT else None
 
 
+def check_train_fn(train_fn: Any, subsets: Subsets) -> None:
+    """Refuse what cannot be called, or cannot be told of changed labels."""
+    if not callable(train_fn):
+        raise UpweightError(
+            f"train_fn is {type(train_fn).__name__}, expected a function -> def train_fn(indices, seed) that returns "
+            "a trained model"
+        )
+    try:
+        takes = inspect.signature(train_fn).parameters
+    except ValueError:  # written in C: found out when it is called
+        return
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    if any(subsets.labels) and "labels" not in takes and not anything:
+        raise UpweightError(
+            "the subsets change labels, but train_fn takes no argument 'labels' -> def train_fn(indices, seed, "
+            "labels=None), with labels a dict {position: label}"
+        )
+
+
 def check_inputs_matter(store: ShardStore, runs: Sequence[Run]) -> None:
     """Refuse a train_fn that ignores its indices; warn of one that ignores its seed.
 
-    Two models count as the same if all their measurements (and their weights) agree to the last bit.
+    Two models count as the same if their weights (or whatever they are made of) and measurements agree to the last bit.
     """
     done = [run for run in runs if store.has(run.key)]
     for number, a in enumerate(done):
@@ -56,33 +74,10 @@ def check_inputs_matter(store: ShardStore, runs: Sequence[Run]) -> None:
                 )
 
 
-def function_digest(function: Callable[..., Any]) -> str:
-    """Hash of a function's source; empty where there is none to be found."""
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
-        return ""
-    return hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
-
-
-def warn_of_changed_code(store: ShardStore, train_fn: Callable[..., Any]) -> None:
-    """Warn if the finished models were trained by other code."""
-    ours = function_digest(train_fn)
-    theirs = {store.meta(key)["train_fn"] for key in store.keys_done if key.startswith("run-")}
-    if ours and theirs - {ours, ""}:
-        warnings.warn(
-            f"the code of train_fn has changed since models in {store.folder} were trained -> if it trains differently "
-            "now, name another folder",
-            stacklevel=4,
-        )
-
-
 def _same(store: ShardStore, a: Run, b: Run) -> bool:
-    if store.meta(a.key)["model"] != store.meta(b.key)["model"]:
+    ours, theirs = store.meta(a.key)["model"], store.meta(b.key)["model"]
+    # Equal measurements are no sign by themselves: two different models may both be right on three queries.
+    if ours is None or ours != theirs:
         return False
-    ours, theirs = store.read(a.key), store.read(b.key)
-    names = [name for name in ours if name.startswith("query/") and name in theirs]
-    # Scikit-learn models have no fingerprint: without queries there is nothing to compare.
-    if not names and store.meta(a.key)["model"] is None:
-        return False
-    return all(torch.equal(ours[name], theirs[name]) for name in names)
+    first, second = store.read(a.key), store.read(b.key)
+    return all(torch.equal(first[name], second[name]) for name in first if name in second)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from upweight.errors import UpweightError
 from upweight.evaluate.checks import most_different
 from upweight.evaluate.records import run_key
 from upweight.evaluate.runs import Run
-from upweight.evaluate.subsets import Subsets
+from upweight.evaluate.subsets import Subsets, half_subsets
 
 __all__ = ["Plan"]
 
@@ -24,6 +25,29 @@ class Plan:
 
     subsets: Subsets
     seeds: list[int]
+
+    @classmethod
+    def of(cls, n: int, subsets: Subsets | int, seeds: int | Sequence[int]) -> Plan:
+        """The plan of these subsets and seeds, or of so many.
+
+        Raises:
+            UpweightError: They are no subsets of n examples, or no different seeds.
+        """
+        chosen = half_subsets(n, int(subsets)) if isinstance(subsets, int | np.integer) else subsets
+        if not isinstance(chosen, Subsets):
+            raise UpweightError(
+                f"subsets is {type(subsets).__name__}, expected Subsets or how many to draw -> subsets=100 for example"
+            )
+        if chosen.n != n:
+            raise UpweightError(f"the subsets are of {chosen.n} examples, but n={n} -> draw them for n={n}")
+        numbers = (
+            list(range(int(seeds))) if isinstance(seeds, int | np.integer) else [int(seed) for seed in seeds]
+        )
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise UpweightError(
+                f"seeds={seeds!r}, expected at least one and no repeats -> seeds=3 for example"
+            )
+        return cls(chosen, numbers)
 
     def __iter__(self) -> Iterator[Run]:
         for seed in self.seeds:

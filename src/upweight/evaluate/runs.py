@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
@@ -21,9 +22,13 @@ from upweight.errors import UpweightError
 from upweight.fingerprint import model_fingerprint
 from upweight.task import Task
 
-__all__ = ["Finished", "Run", "measure_model", "remeasure", "train_and_measure"]
+__all__ = ["Finished", "NoModelError", "Run", "measure_model", "remeasure", "train_and_measure"]
 
 BATCH = 512
+
+
+class NoModelError(UpweightError):
+    """A train_fn that forgot to return its model."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Finished:
-    """What came of a run: measurements in loss orientation by query name, or why there are none."""
+    """What came of a run: measurements in loss orientation by query name, or why there are none.
+
+    ``model`` is a hash that tells models apart, None of one that cannot be hashed.
+    """
 
     run: Run
     measurements: dict[str, Tensor] = field(default_factory=dict)
@@ -52,7 +60,11 @@ class Finished:
 def train_and_measure(
     train_fn: Callable[..., Any], task: Task, queries: Mapping[str, Examples], run: Run, keep_model: bool
 ) -> Finished:
-    """Train one model on one thread and measure it; whatever goes wrong is in the result, not raised."""
+    """Train one model on one thread and measure it; whatever goes wrong is in the result, not raised.
+
+    Raises:
+        NoModelError: train_fn returned nothing, which no other run will do better.
+    """
     started = time.perf_counter()
     try:
         # Global generators start from the seed too, for a train_fn that draws from them.
@@ -60,10 +72,15 @@ def train_and_measure(
             reseed(run.seed)
             changed = {"labels": dict(run.labels)} if run.labels else {}
             model = train_fn(run.indices, run.seed, **changed)
+            if model is None:
+                raise NoModelError(
+                    "train_fn returned None, expected the trained model -> end it with return model"
+                )
             measurements = {name: measure_model(task, model, query, name) for name, query in queries.items()}
-        is_module = isinstance(model, nn.Module)
-        fingerprint = model_fingerprint(model) if is_module else None
+        fingerprint = _hash(model)
         state = _state(model) if keep_model else None
+    except NoModelError:
+        raise
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {str(error)[:500]} ({where.name}, line {where.lineno})"
@@ -115,6 +132,16 @@ def _state(model: Any) -> dict[str, Tensor]:
             f"keep_models=True needs torch modules, train_fn returned {type(model).__name__} -> keep_models=False"
         )
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def _hash(model: Any) -> str | None:
+    """What tells one model from another; None of one that cannot be hashed."""
+    if isinstance(model, nn.Module):
+        return model_fingerprint(model)
+    try:
+        return joblib.hash(model)
+    except Exception:  # whatever a foreign class does when it is taken apart: such models are not compared
+        return None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,8 @@ class Subsets:
             raise UpweightError(
                 f"subset {self.names[int(np.argmin(masks.any(axis=1)))]!r} is empty -> keep at least one example"
             )
+        plain = [{int(i): _plain(i, label) for i, label in changes.items()} for changes in self.labels]
+        object.__setattr__(self, "labels", plain)
 
     @property
     def n(self) -> int:
@@ -81,7 +84,7 @@ class Subsets:
 
     def digest(self, subset: int) -> str:
         """Content hash of one subset and its label changes."""
-        labels = json.dumps(sorted((int(k), v) for k, v in self.labels[subset].items()))
+        labels = json.dumps(sorted(self.labels[subset].items()))
         content = np.packbits(self.masks[subset]).tobytes() + labels.encode()
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
@@ -163,8 +166,17 @@ def label_changes(n: int, changes: Sequence[Mapping[int, Label]]) -> Subsets:
         _positions(list(change), n)
     masks = np.ones((len(changes), n), dtype=bool)
     names = ["labels " + ", ".join(f"{k}={v}" for k, v in [*c.items()][:5]) for c in changes]
-    plain = [{int(k): v for k, v in change.items()} for change in changes]
-    return Subsets(masks, names, np.arange(len(changes)), plain)
+    return Subsets(masks, names, np.arange(len(changes)), changes)
+
+
+def _plain(position: int, label: Any) -> Label:
+    """A label as Python's own number or string, whatever array or tensor it came from."""
+    value = label.item() if np.ndim(label) == 0 and hasattr(label, "item") else label
+    if not isinstance(value, int | float | str):
+        raise UpweightError(
+            f"the new label of example {position} is {label!r:.60}, expected a number or a string -> one label each"
+        )
+    return value
 
 
 def _positions(group: Sequence[int], n: int) -> np.ndarray:
