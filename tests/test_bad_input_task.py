@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import upweight as uw
 from upweight.errors import UpweightError
 from upweight.task import BinaryClassification, Classification, Regression
 
@@ -107,3 +108,27 @@ def test_a_model_that_returns_no_tensor_is_refused():
         UpweightError, match=r"the model returned tuple, expected a tensor -> use Task.from_functions"
     ):
         Classification().train_loss(Tuple(), (torch.zeros(2, 3), torch.zeros(2).long()))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8])
+def test_labels_of_any_integer_type_are_read(dtype):
+    model, x = torch.nn.Linear(2, 3), torch.randn(6, 2)
+    labels = torch.arange(6) % 3
+    scores = [
+        uw.Influence(model, Classification(), damping=0.1, progress=False)
+        .fit((x, y))
+        .attribute((x, y))
+        .values
+        for y in (labels, labels.to(dtype))
+    ]
+    assert torch.equal(*scores)
+
+
+def test_a_parameter_without_numbers_changes_nothing():
+    model, x, y = torch.nn.Linear(2, 3), torch.randn(6, 2), torch.arange(6) % 3
+    expected = (
+        uw.Influence(model, Classification(), damping=0.1, progress=False).fit((x, y)).attribute((x, y))
+    )
+    model.register_parameter("nothing", torch.nn.Parameter(torch.zeros(0)))
+    found = uw.Influence(model, Classification(), damping=0.1, progress=False).fit((x, y)).attribute((x, y))
+    assert torch.equal(found.values, expected.values)

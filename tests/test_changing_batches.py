@@ -1,5 +1,7 @@
 """Models whose rows are cut, sorted or routed by the rest of the batch: exact gradients, or an error that says why."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,36 @@ def test_rows_sorted_by_content_that_the_first_examples_do_not_show(network, bat
     )
 
 
+class Routing(nn.Module):
+    """Two experts, of which a batch may leave one without work."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.head = nn.ModuleList([nn.Linear(4, 5), nn.Linear(4, 5)]), nn.Linear(5, 3)
+
+    def forward(self, x, expert):
+        found = x.new_zeros(len(x), 5)
+        for k, layer in enumerate(self.experts):
+            found[expert == k] = layer(x[expert == k]).tanh()
+        return self.head(found)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 24])
+def test_experts_without_work(batch_size):
+    torch.manual_seed(0)
+    expert = torch.arange(24) // 20
+    train = torch.randn(24, 4, dtype=torch.float64), expert, torch.randint(0, 3, (24,))
+    model, query = Routing().double(), tuple(t[18:22] for t in train)
+
+    def loss(model, batch):
+        return F.cross_entropy(model(*batch[:2]), batch[2], reduction="none")
+
+    found = scores_of(model, uw.Classification(), train, query, batch_size)
+    torch.testing.assert_close(found, expected(loss, model, train, query))
+    method = uw.Influence(model, uw.Classification(), damping=0.1, batch_size=batch_size, progress=False)
+    assert bool(method.fit(train).attribute(query).values.isfinite().all())
+
+
 # Losses that depend on the batch -------------------------------------------------------------------------------------
 
 
@@ -144,3 +176,32 @@ def test_weights_by_class_that_are_normalised_over_the_batch_are_refused():
 
     with pytest.raises(UpweightError, match="in one batch and"):
         uw.GradDot(model, uw.Task.from_functions(loss)).fit((x, y))
+
+
+def test_padding_that_no_mask_names_is_warned_of():
+    """K-FAC would count it, and so depend on the batches; gradients alone do not."""
+    torch.manual_seed(0)
+    texts = [(torch.randn(int(length), 4), k % 3) for k, length in enumerate(torch.randint(2, 9, (40,)))]
+
+    class Summing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x, real):
+            return self.head((self.first(x).tanh() * real[..., None]).sum(1))
+
+    def padded(items):
+        x, y = zip(*items, strict=True)
+        real = nn.utils.rnn.pad_sequence([torch.ones(len(t)) for t in x], batch_first=True)
+        return nn.utils.rnn.pad_sequence(list(x), batch_first=True), real, torch.tensor(y)
+
+    loader, model = DataLoader(texts, 8, collate_fn=padded), Summing()
+    with pytest.warns(UserWarning, match="counts padding"):
+        uw.Influence(model, uw.Classification(), progress=False).fit(loader)
+    task = uw.Classification()
+    task.mask = lambda batch: batch[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        uw.Influence(model, task, progress=False).fit(loader)
+        uw.GradDot(model, uw.Classification(), progress=False).fit(loader)

@@ -244,3 +244,12 @@ def test_l2_by_parameter():
         fitted("softmax", l2={"weight$": L2}, solver="dual")
     with refused("does not apply to curvature='ekfac'"):
         fitted("softmax", l2={"weight$": L2}, curvature="ekfac")
+
+
+def test_datainf_forms_no_step_to_be_relative_to():
+    model, task, train, query = problem("softmax")
+    method = uw.Influence(model, task, curvature="datainf", correction="relative").fit(train)
+    with refused("relative-loss"):
+        method.attribute(query)
+    bounded = uw.Influence(model, task, curvature="datainf", correction="relative-loss").fit(train)
+    assert bool(bounded.attribute(query).values.isfinite().all())

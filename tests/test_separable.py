@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import digits, trained
 from torch import Tensor
 
 import upweight as uw
@@ -163,3 +164,19 @@ def test_no_tolerance_asks_for_the_exact_route():
     filter_ = random(40, 50).exp()
     query, train = (random(4, 40), random(4, 50)), (random(9, 40, seed=3), random(9, 50, seed=4))
     assert separate(filter_, 1 / filter_, query, train, 0.0) is None
+
+
+def test_queries_for_which_the_terms_do_not_suffice_take_the_exact_route():
+    """Terms are found on training gradients; noise has others, and its error is measured before any score."""
+    train, (x, y) = digits()
+    model = trained("mlp")
+    method, exact = (
+        uw.Influence(model, uw.Classification(), tolerance=tolerance, damping=1e-3, progress=False).fit(train)
+        for tolerance in (1e-3, 0)
+    )
+    noise = 30 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), y
+    for query in ((x, y), noise):
+        scores, expected = method.attribute(query), exact.attribute(query).values
+        separable = any("separable" in route for route in scores.info["routes"].values())
+        assert separable == (scores.info["separable_error"] is not None)
+        assert float((scores.values - expected).norm() / expected.norm()) < 2e-3

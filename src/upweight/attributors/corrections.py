@@ -65,6 +65,11 @@ class Correction:
                 f"correction={method.correction!r} needs the gradients, which an index does not keep -> cache with "
                 "precision='float32'"
             )
+        if method.correction == "relative" and method.curvature == "datainf":
+            raise UpweightError(
+                "correction='relative' divides by the size of a step that curvature='datainf' never forms -> "
+                "correction='relative-loss', or another curvature"
+            )
         self._damped: Tensor | None = None
         if method.correction == "rescaled":
             self._check_rescalable()

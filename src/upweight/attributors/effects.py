@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from upweight._ids import positions_of
+from upweight.attributors.base import explained_by_form
 from upweight.attributors.evidence import influence_info, left_out_of
 from upweight.attributors.fitted import CALIBRATED
 from upweight.attributors.functional import FunctionalQueries, functional_gradients, functional_queries
@@ -163,7 +164,9 @@ def _queries(
         return
     for rows in queries.batches(fitted.batch_size):
         batch, ids = fitted.tracker.move(rows.batch), list(queries.ids[rows.start : rows.stop])
-        gradients = method._explained(batch, lambda b=batch, i=ids: fitted.tracker.query(b, i))
+        gradients = explained_by_form(
+            batch, fitted.signature, lambda b=batch, i=ids: fitted.tracker.query(b, i)
+        )
         yield gradients, method.task.orientation, lambda model, b=batch: method.task.measure(model, b), ids
 
 

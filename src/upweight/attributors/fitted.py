@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -212,6 +213,12 @@ def _fit_curvature(
     saved: SavedCurvature | None,
     keeper: InEigenbasis | None,
 ) -> tuple[Curvature, str]:
+    if tracker.padded and tracker.task.mask is None and method.curvature in KRONECKER:
+        warnings.warn(
+            f"examples are padded to the longest of their batch and the task has no mask: {method.curvature} counts "
+            "padding, and depends on the batches -> task.mask = lambda batch: ..., 1 for real positions, 0 for padding",
+            stacklevel=4,
+        )
     kind = fisher[0]
     key = f"{method.curvature}-{kind}-{fisher[1]}-{method.seed}"
     known = saved.read(key, list(tracker.layers), tracker.device) if saved is not None else None

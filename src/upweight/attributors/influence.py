@@ -13,7 +13,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,6 @@ from upweight.passes import Kept
 from upweight.progress import progress_bar
 from upweight.scores import Scores, SelfInfluence
 from upweight.task import Task
-
-Result = TypeVar("Result")
 
 
 class Influence(TrainingSetChanges):
@@ -211,7 +209,8 @@ class Influence(TrainingSetChanges):
         started = time.perf_counter()
         queries = functional_queries(query, ids) or Examples(query, ids)
         n = fitted.examples.n
-        router, inverse = self._router(), fitted.curvature.inverse(self.damping)
+        inverse = fitted.curvature.inverse(self.damping)
+        router, separable_error = self._router_for(queries, inverse)
         training: Any = self._index(per_layer) or fitted.training
         correction = Correction(self, fitted, inverse)
         names = list(fitted.tracker.layers) if per_layer else None
@@ -240,7 +239,7 @@ class Influence(TrainingSetChanges):
         info = influence_info(self, fitted) | {
             "queries": queries.fingerprint(),
             "routes": dict(router.chosen),
-            "separable_error": self._separable_error(queries, inverse, router),
+            "separable_error": separable_error,
             **solve_evidence(inverse),
             "attribute_seconds": round(time.perf_counter() - started, 3),
         }
@@ -332,11 +331,7 @@ class Influence(TrainingSetChanges):
             return functional_gradients(fitted.tracker, [queries.functionals[p] for p in positions])
         batch = queries.take(positions)
         ids = [queries.ids[p] for p in positions]
-        return self._explained(batch, lambda: fitted.tracker.query(batch, ids))
-
-    def _explained(self, batch: Any, work: Callable[[], Result]) -> Result:
-        """What `work` gives on a batch of queries; an error of the model's own is explained by their form."""
-        return explained_by_form(batch, self._ready().signature, work)
+        return explained_by_form(batch, fitted.signature, lambda: fitted.tracker.query(batch, ids))
 
     def _panel_size(self, queries: int) -> int:
         """Queries that are held preconditioned at a time: their share of the memory budget.
@@ -365,14 +360,14 @@ class Influence(TrainingSetChanges):
         numbers = sum(layer.numel for layer in fitted.tracker.layers.values())
         return numbers * torch.finfo(fitted.dtype).bits // 8
 
-    def _separable_error(
-        self, queries: Examples | FunctionalQueries, inverse: Any, router: Router
-    ) -> float | None:
-        fitted = self._ready()
+    def _router_for(self, queries: Examples | FunctionalQueries, inverse: Any) -> tuple[Router, float | None]:
+        """The routes for these queries, and the error of separable ones, which are given up where it is too large."""
+        router, fitted = self._router(), self._ready()
         if not router.terms or fitted.sample is None:
-            return None
+            return router, None
         probe = self._query_gradients(queries, spread(queries.n, 8))
-        return measure_separable_error(probe, fitted.sample.rows(slice(0, None, 3)), inverse, router)
+        error = measure_separable_error(probe, fitted.sample.rows(slice(0, None, 3)), inverse, router)
+        return (router, error) if error <= self.tolerance else (Router(), None)
 
     # Evidence ----------------------------------------------------------------------------------------------------
 

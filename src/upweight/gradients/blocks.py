@@ -207,7 +207,7 @@ class Eigenbasis:
         groups, batch, positions, width = inputs.shape
         flat = inputs.reshape(groups, batch * positions, width)
         rotated = torch.baddbmm(self.cols[:, width:], flat, self.cols[:, :width])
-        return rotated.reshape(groups, batch, positions, -1)
+        return rotated.reshape(groups, batch, positions, self.cols.shape[-1])
 
     def rotate_dense(self, gradients: Tensor, out: Tensor | None = None) -> Tensor:
         """``Q_B^T G Q_A`` of gradients [group, batch, R, C]."""
@@ -299,7 +299,8 @@ def flatten_groups(gradients: Tensor) -> Tensor:
 def matmul_last(factors: Tensor, basis: Tensor) -> Tensor:
     """Factors [group, batch, position, width] times basis [group, width, k]: one matrix product a group."""
     groups, batch, positions, width = factors.shape
-    return (factors.reshape(groups, batch * positions, width) @ basis).reshape(groups, batch, positions, -1)
+    product = factors.reshape(groups, batch * positions, width) @ basis
+    return product.reshape(groups, batch, positions, basis.shape[-1])
 
 
 def cast(block: Block, dtype: torch.dtype) -> Block:

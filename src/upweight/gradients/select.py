@@ -28,7 +28,8 @@ def select_parameters(model: nn.Module, which: ParameterFilter = None) -> dict[s
         >>> list(select_parameters(model, r"^1\."))
         ['1.weight', '1.bias']
     """
-    trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = model.named_parameters()
+    trainable: dict[str, Tensor] = {name: p for name, p in parameters if p.requires_grad and p.numel()}
     if not trainable:
         raise UpweightError(
             "the model has no trainable parameter (requires_grad=True) -> unfreeze what was trained"

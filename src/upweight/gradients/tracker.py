@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from upweight._random import preserved, reseed
-from upweight.data import Examples, map_tensors
+from upweight.data import Examples, map_tensors, signature
 from upweight.errors import UpweightError
 from upweight.gradients.checks import (
     Agreement,
@@ -56,6 +56,9 @@ class Tracker:
             name, or a function of the name.
         autocast: dtype to run the forward pass in (torch.autocast), or None.
 
+    Attributes:
+        padded: whether an example's form depends on its batch: it is padded to the longest.
+
     Raises:
         UpweightError: the model is in train mode where that matters, the loss is reduced over the batch, the filter
             matches nothing, or something is not finite.
@@ -83,6 +86,7 @@ class Tracker:
         self._vectorises = True
         self._spread: frozenset[str] | None = None
         self._verified: set[tuple[str, Pattern]] = set()
+        self.padded = False
         with constant_buffers(model):
             self._trace(examples)
 
@@ -283,7 +287,9 @@ class Tracker:
         check_finite(losses.detach(), [examples.ids[p] for p in positions], batch)
         order = losses[:, 0].argsort().tolist()
         for row in {order[(len(order) - 1) * k // 3] for k in range(4)}:
-            alone, _, _ = self._watch(self.move(examples.take([positions[row]] * 2)), self._losses)
+            pair = self.move(examples.take([positions[row]] * 2))
+            self.padded |= signature(pair) != signature(batch)
+            alone, _, _ = self._watch(pair, self._losses)
             check_alone(alone[0, 0], losses[row, 0], examples.ids[positions[row]])
         blend = self._blend(losses[:, 0])
         deltas = self._backward(losses[:, 0], self._traced.known(tap.uses), retain=False)
@@ -333,7 +339,7 @@ class Tracker:
 def _differs(what: str, name: str, batch: int) -> str:
     if what == "loss":
         return (
-            f"the gradient of {name} differs from autograd's in a batch of {batch}: the model cuts or sorts its rows by "
+            f"the gradient of {name} differs from autograd's in a batch of {batch}: the model cuts or sorts rows by "
             "the batch's size or content, and whose they are is not known -> a smaller batch_size=, or leave the "
             "parameter out with parameters="
         )

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from upweight.attributors.base import explained_by_form
 from upweight.attributors.fitted import CALIBRATED, spread
 from upweight.attributors.influence import Influence
 from upweight.curvature.dense import as_gradients
@@ -102,8 +103,8 @@ class ValidationEffect:
         n = self.validation.n
         for rows in self.validation.batches(self.fitted.batch_size):
             ids = self.validation.ids[rows.start : rows.stop]
-            g = self.method._explained(
-                rows.batch, lambda b=rows.batch, i=ids: self.fitted.tracker.query(b, i)
+            g = explained_by_form(
+                rows.batch, self.fitted.signature, lambda b=rows.batch, i=ids: self.fitted.tracker.query(b, i)
             )
             like = weighted_sum(g, torch.full((1, g.batch), 1 / n, dtype=g.dtype, device=self._device()))
             total = like.dense() if total is None else total + like.dense()

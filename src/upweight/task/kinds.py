@@ -67,6 +67,9 @@ class Classification(OutputTask):
         targets = split_batch(batch)[2]
         if targets.ndim != 1 or targets.is_complex():
             return  # no class numbers: the outputs' check says so
+        targets = (
+            targets if targets.is_floating_point() else targets.long()
+        )  # unsigned ones cannot be compared
         classes = output_shape[-1] if output_shape else 0
         wrong = (targets < 0) | (targets >= classes)
         if wrong.any():

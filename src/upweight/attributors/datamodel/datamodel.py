@@ -123,6 +123,8 @@ class Datamodel:
         self.estimator: Estimator = estimator
         self.folds, self.seed = folds, seed
         self._masks, self._values, self._query_ids, self._blocks, self._dropped = _read(outcomes, task)
+        known = (getattr(outcomes, "info", None) or {}).get("queries")
+        self._queries = known if isinstance(known, str) else None
         self._groups = groups_of(self._masks, self._blocks)
         most = len(np.unique(self._groups)) // 3
         if not 2 <= folds <= most:
@@ -250,15 +252,25 @@ class Datamodel:
     def _rows(self, queries: Examples) -> list[int]:
         """Which of the outcomes' queries these are."""
         count = self._values.shape[1]
-        if self._query_ids is None:
+        if self._query_ids is None or isinstance(
+            queries.ids, range
+        ):  # positions say nothing of which ones they are
             if queries.n != count:
                 raise UpweightError(
                     f"{queries.n} queries for outcomes of {count} that have no ids -> give all of them, in their order"
+                    + (
+                        ""
+                        if self._query_ids is None
+                        else ", or some of them with ids=, those of the outcomes"
+                    )
+                )
+            if self._queries is not None and queries.fingerprint() != self._queries:
+                raise UpweightError(
+                    f"the queries are not those that the bank measured (fingerprint {queries.fingerprint()[:8]}, not "
+                    f"{self._queries[:8]}) -> give what was given to bank.measure, or name them by ids="
                 )
             return list(range(count))
         number = {name: row for row, name in enumerate(self._query_ids)}
-        if isinstance(queries.ids, range) and queries.n == count:
-            return list(range(count))
         if unknown := [name for name in queries.ids if name not in number]:
             raise UpweightError(
                 f"the bank did not measure the queries {some(unknown)} (but {some(self._query_ids)}) -> give its "
