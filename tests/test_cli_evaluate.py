@@ -265,7 +265,8 @@ def test_attribute_on_a_table_names_rows_by_their_ids(upweight, place):
     assert code == 0 and "house-" in out and "<script>1" in out and "<b>" in out and "<script>2" not in out
     code, out, _ = upweight("attribute", "table.py:houses", "--method", "dot<i>", "--json")
     assert code == 0 and json.loads(out)["unit"] is None
-    assert (place / "runs/houses----gardens-/scores/dot-i-.safetensors").is_file()
+    assert json.loads(out)["scores"].startswith("runs/houses----gardens-/scores/dot-i-~")
+    assert uw.Scores.load(place / json.loads(out)["scores"]).unit is None
 
 
 @pytest.mark.parametrize("command", ["attribute", "evaluate"])

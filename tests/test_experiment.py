@@ -145,6 +145,8 @@ def test_what_an_experiment_is_made_of_is_checked():
         ({"classes": "cat"}, "classes='cat' is one text"),
         ({"methods": [uw.GradDot]}, "methods is no mapping"),
         ({"methods": {}}, "methods is no mapping"),
+        ({"name": ""}, "the experiment's name is ''"),
+        ({"name": " "}, "the experiment's name is ' '"),
         ({"l2": -1.0}, "the experiment's l2=-1.0, expected finite numbers >= 0"),
         ({"l2": {"weight$": float("nan")}}, "the experiment's l2=nan"),
         ({"l2": {"wieght$": 0.1}}, "names 'wieght\\$', which finds none of ..weight., .bias.."),

@@ -53,7 +53,7 @@ class Experiment:
         methods: ``{name: method}``, where a method is an attributor or a function ``(model, task) -> attributor``.
             These are evaluated unless others are asked for, and may be asked for by name; the first of them explains
             queries.
-        name: What to call the experiment.
+        name: What to call the experiment, and the folder of its runs.
         features: The names of the columns, where an input is the row of a table.
         read: How the explorer reads a query that a person brings: a function of the path of an uploaded file, or of a
             typed text, that returns one input (or a whole example in the form of the data) without the batch axis. If
@@ -137,6 +137,10 @@ class Experiment:
             raise UpweightError(
                 "methods is no mapping of names, expected {name: attributor} with at least one -> "
                 "methods={'ggn': lambda model, task: uw.Influence(model, task, curvature='ggn')} for example"
+            )
+        if not str(name).strip():
+            raise UpweightError(
+                f"the experiment's name is {name!r}, expected some text -> it names the run's folder, runs/NAME"
             )
         values = {
             "model": model,

@@ -58,7 +58,8 @@ def attribute(
     """Which training examples made the model predict this?"""
     with session(json) as ours:
         bundle, folder = open_run(experiment, out)
-        from upweight.evaluate.comparison import default_methods, file_name, scored
+        from upweight._file_names import file_name
+        from upweight.evaluate.comparison import default_methods, scored
 
         ours.say(repr(bundle))
         method = method or default_methods(bundle)[0]

@@ -91,9 +91,9 @@ def open_run(address: str, out: Path | None) -> tuple[Experiment, Path]:
     experiment = Experiment.load(address)
     if out is not None:
         return experiment, out.expanduser()
-    from upweight.evaluate.comparison import file_name
+    from upweight._file_names import folder_name
 
-    return experiment, Path("runs") / file_name(experiment.name)
+    return experiment, Path("runs") / folder_name(experiment.name)
 
 
 def printable(text: str) -> str:

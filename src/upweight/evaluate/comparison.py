@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from upweight._file_names import file_name
 from upweight.attributors.by_name import BASELINES, METHODS, build, key_of, own_name
 from upweight.errors import UpweightError
 from upweight.evaluate import subsets as draw
@@ -251,12 +252,3 @@ def is_baseline(name: str, experiment: Experiment) -> bool:
     """Whether a name is that of a baseline, and not of the experiment's own method."""
     key = key_of(name.split(":")[0])
     return key in BASELINES and key not in METHODS and own_name(name, experiment.methods) is None
-
-
-def file_name(spec: str) -> str:
-    """A method's name as that of a file.
-
-    >>> file_name("ggn:damping=0.01")
-    'ggn-damping=0.01'
-    """
-    return "".join(letter if letter.isalnum() or letter in "=._-" else "-" for letter in spec)

@@ -241,7 +241,7 @@ def _dict(content: Mapping[str, Any] | None, key: str) -> Mapping[str, Any]:
 
 
 def _method_name(run: RunFiles, file: Path) -> str:
-    from upweight.evaluate.comparison import file_name
+    from upweight._file_names import file_name
 
     for row in (run.evaluation or {}).get("methods", []):
         if isinstance(row, dict) and file_name(str(row.get("name"))) == file.stem:
