@@ -9,6 +9,7 @@ from networks import digits, trained
 
 import upweight as uw
 from upweight import store
+from upweight.errors import UpweightError
 
 
 def method(**options) -> uw.Influence:
@@ -172,3 +173,16 @@ def test_a_full_disk_loses_nothing_that_was_finished(tmp_path, monkeypatch):
     fitted = method(fisher="empirical").fit(small(), cache=tmp_path)
     expected = method(fisher="empirical").fit(small()).attribute(small())
     torch.testing.assert_close(fitted.attribute(small()).values, expected.values, rtol=1e-5, atol=1e-6)
+
+
+def test_replacements_of_another_width_are_refused():
+    fitted = method(damping=0.1).fit(small())
+    x, y = small()
+    with pytest.raises(UpweightError, match="refuses the replacements"):
+        fitted.change([0], (x[:1].flatten(1)[:, :5], y[:1]), small())
+
+
+def test_a_model_that_was_never_run_is_refused():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(10))
+    with pytest.raises(UpweightError, match=r"1.weight has no shape yet"):
+        uw.GradDot(model, uw.Classification()).fit(small())

@@ -71,13 +71,16 @@ class Attributor:
         return self._fitted_on
 
 
-def explained_by_form(batch: Any, expected: list[str], work: Callable[[], Result]) -> Result:
-    """What `work` gives on a batch of queries; an error of the model's own is explained by the queries' form.
+def explained_by_form(
+    batch: Any, expected: list[str], work: Callable[[], Result], what: str = "queries"
+) -> Result:
+    """What `work` gives on a batch; an error of the model's own is explained by the form of its examples.
 
     Args:
-        batch: the queries.
+        batch: queries, or other examples.
         expected: the form of one training example, as `signature` gives it.
         work: runs the model on the batch.
+        what: what the examples are, in words.
     """
     try:
         return work()
@@ -88,6 +91,6 @@ def explained_by_form(batch: Any, expected: list[str], work: Callable[[], Result
         if seen == expected:
             raise
         raise UpweightError(
-            f"the model refuses the queries: one is {seen} but a training example is {expected} -> give "
-            f"the queries the training data's form ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            f"the model refuses the {what}: one is {seen} but a training example is {expected} -> give "
+            f"the {what} the training data's form ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
         ) from error

@@ -73,6 +73,10 @@ def change(method: Influence, ids: Any, to: Any, query: Any) -> GroupEffect:
             f"{len(positions)} examples are to be changed but {replacements.n} replacements were given -> one for each "
             "id, in the ids' order"
         )
+    first = replacements.take([0])
+    explained_by_form(
+        first, fitted.signature, lambda: fitted.tracker.train(first, replacements.ids[:1]), "replacements"
+    )
     ones = torch.ones(len(positions), dtype=fitted.dtype)
     sides = [
         Side(fitted.examples, positions, -ones),

@@ -28,6 +28,11 @@ def select_parameters(model: nn.Module, which: ParameterFilter = None) -> dict[s
         >>> list(select_parameters(model, r"^1\."))
         ['1.weight', '1.bias']
     """
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise UpweightError(
+            f"parameter {lazy[0]} has no shape yet, expected an initialised model -> run it once on a batch"
+        )
     parameters = model.named_parameters()
     trainable: dict[str, Tensor] = {name: p for name, p in parameters if p.requires_grad and p.numel()}
     if not trainable:
