@@ -183,6 +183,8 @@ def test_errors_are_one_line(upweight, place):
     (place / "twice.csv").write_text("id,label\n1,0\n1,1\n")
     (place / "words.csv").write_text("id,label\n1,cat\n")
     (place / "empty.csv").write_text("id,label\n")
+    for label in ("nan", "inf", "-inf", "1e999"):
+        (place / f"{label}.csv").write_text(f"id,label\n1,{label}\n")
     (place / "bytes.csv").write_bytes(b"id,label\n1,\xff\xfe\n")
     for arguments, said in [
         ((), "nothing to do: no --remove"),
@@ -195,6 +197,11 @@ def test_errors_are_one_line(upweight, place):
         (("--relabel", "twice.csv"), "names 1 twice"),
         (("--relabel", "words.csv"), "the label 'cat' is no number, or one of ['dim', 'bright']"),
         (("--relabel", "empty.csv"), "names no example"),
+        (("--relabel", "nan.csv"), "nan.csv, line 2: the label 'nan' is not finite"),
+        (("--relabel", "inf.csv"), "the label 'inf' is not finite"),
+        (("--relabel", "-inf.csv"), "the label '-inf' is not finite"),
+        (("--relabel", "1e999.csv"), "the label '1e999' is not finite"),
+        (("--remove", "²"), "'²' not among"),
         (("--relabel", "bytes.csv"), "no text in UTF-8"),
         (("--decisions", "none.sqlite"), "there is no file none.sqlite"),
         (("--remove", "1", "--decisions", "none.sqlite"), "expected one of them"),
@@ -213,3 +220,19 @@ def test_errors_are_one_line(upweight, place):
     assert code == 2 and "has no train_fn" in err.splitlines()[-1]
     code, out, _ = upweight("repair", "--help")
     assert code == 0 and "--remove" in out and "audit log" in out
+
+
+def test_a_train_fn_that_takes_no_labels_is_refused_before_any_work(upweight, place):
+    given = uw.Experiment.load("images.py:made").train.take(range(30))[1]
+    (place / "new.csv").write_text(f"id,label\n2,{int(1 - given[2])}\n")
+    (place / "same.csv").write_text(f"id,label\n2,{int(given[2])}\n")
+    options = ("--out", "run", "--damping", "0.1", "--verify", "--seeds", "1")
+    code, _, err = upweight("repair", "images.py:made", "--relabel", "new.csv", *options)
+    assert (
+        code == 2
+        and "--verify: the subsets change labels, but train_fn takes no argument 'labels'"
+        in err.splitlines()[-1]
+    )
+    assert not (place / "run/repair").exists()
+    code, _, err = upweight("repair", "images.py:made", "--remove", "3", "--relabel", "same.csv", *options)
+    assert code == 0, err  # no label is changed

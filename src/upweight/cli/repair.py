@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +123,8 @@ def repair(
             )
         wanted = _wanted(bundle, folder, remove, relabel, decisions)
         ours.say(f"{wanted.source}: {len(wanted.remove)} to forget, {len(wanted.labels)} to relabel")
+        if verify:
+            _check_train_fn(bundle, wanted)
         penalty = bundle.l2 if l2 is None else l2
         done = _repaired(bundle, wanted, method, curvature, _number(damping), penalty, convention)
         place = folder / "repair"
@@ -189,6 +192,19 @@ def _repaired(
         l2=l2,
         convention=convention,
     )
+
+
+def _check_train_fn(bundle: Experiment, wanted: _Wanted) -> None:
+    """Refuse before any work what retraining would refuse after the repair was made."""
+    from upweight.evaluate.checks import check_train_fn
+    from upweight.repair.change import read_change
+    from upweight.repair.verify import subset_of
+
+    change = read_change(bundle.train, wanted.remove or None, wanted.labels or None)
+    try:
+        check_train_fn(bundle.train_fn, subset_of(change))
+    except UpweightError as error:
+        raise UpweightError(f"--verify: {error}") from error
 
 
 def _name_of(done: Repair) -> str:
@@ -300,7 +316,7 @@ def _known(bundle: Experiment, name: str) -> Any:
     ids = bundle.train.ids
     if not isinstance(ids, range) and name in ids:
         return name
-    return int(name) if name.removeprefix("-").isdigit() else name
+    return int(name) if name.removeprefix("-").isdecimal() else name
 
 
 def _label(bundle: Experiment, text: str, where: str) -> Any:
@@ -314,6 +330,10 @@ def _label(bundle: Experiment, text: str, where: str) -> Any:
         raise UpweightError(
             f"{where}: the label {text!r} is no number{known} -> write the class's number"
         ) from error
+    if not math.isfinite(value):
+        raise UpweightError(
+            f"{where}: the label {text!r} is not finite, expected a number -> leave the line out to keep the label"
+        )
     return int(value) if value == int(value) else value
 
 
