@@ -242,7 +242,7 @@ class RetrainingBank:
             UpweightError: Models are still to be trained, or the name is not known.
         """
         values: np.ndarray | None = None
-        ids: Sequence[int | str] | None = None
+        about: dict[str, Any] = {}
         seconds, outstanding = 0.0, 0
         with self._reading() as store:
             for run in self._plan:
@@ -253,16 +253,17 @@ class RetrainingBank:
                 seconds += store.meta(run.key)["seconds"]
                 if values is None:
                     values = np.full((len(self.subsets), len(self.seeds), len(measured)), np.nan)
-                    ids = about_queries(store, run, name).get("ids")
+                    about = about_queries(store, run, name)
                 values[run.subset, self.seeds.index(run.seed)] = measured
         if outstanding or values is None:
             raise UpweightError(f"{outstanding} models are still to be trained -> bank.run()")
         info = {"bank": str(self.folder), "train_seconds": round(seconds, 1), **self.settings}
+        info["queries"] = about["fingerprint"]
         task = self.task
         return Outcomes(
             self.subsets.masks,
             values,
-            ids,
+            about.get("ids"),
             self.seeds,
             self.subsets.blocks,
             task.unit,

@@ -9,12 +9,29 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-__all__ = ["Estimate", "draw_counts", "estimate_mean", "interval"]
+from upweight.errors import UpweightError
+
+__all__ = ["Estimate", "check_options", "draw_counts", "estimate_mean", "interval"]
+
+
+FEWEST = 5
+"""Subsets that a rank correlation must be of to be given an interval."""
+
+
+def check_options(level: float, resamples: int = 2) -> None:
+    """Refuse what is no confidence level, or too few resamples to have a spread."""
+    if not 0 < level < 1:
+        raise UpweightError(f"level={level}, expected between 0 and 1 -> 0.95 for example")
+    if not isinstance(resamples, int | np.integer) or resamples < 2:
+        raise UpweightError(f"resamples={resamples!r}, expected a whole number from 2 up -> 1000 for example")
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A number and its confidence intervals, by what was resampled; ``low`` and ``high`` are the widest of them.
+
+    An interval is NaN where there is nothing to resample: a single query says nothing of other queries. What is printed
+    then names what the interval does cover.
 
     Attributes:
         value: The number.
@@ -55,7 +72,11 @@ class Estimate:
         return replace(self, intervals=ends)
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        known = [name for name, pair in self.intervals.items() if np.isfinite(pair).all()]
+        if not known:
+            return f"{self.value:.3f} (no interval)"
+        part = "" if len(known) == len(self.intervals) else f" over {' and '.join(known)} only"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]{part}"
 
 
 def draw_counts(units: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
@@ -85,6 +106,7 @@ def estimate_mean(
     blocks: int,
     level: float,
     generator: np.random.Generator,
+    observations: int | None = None,
 ) -> Estimate:
     """The mean over queries of a statistic, with intervals.
 
@@ -94,6 +116,8 @@ def estimate_mean(
         blocks: How many independent subsets there are.
         level: Of confidence.
         generator: For the draws of queries.
+        observations: How many subsets there are, if they come in blocks. Of fewer than five there is no interval: three
+            subsets have six orders, and resampling a perfect one gives a perfect one again.
 
     Both factors resampled at once count the interaction of query and subset three times instead of once ("The
     pigeonhole bootstrap", arXiv 0712.1111), so that interval is scaled to the variance ``2 (v_queries + v_subsets) -
@@ -101,8 +125,9 @@ def estimate_mean(
     """
     defined = np.isfinite(per_query)
     queries = int(defined.sum())
-    if not queries:
-        return Estimate(float("nan"), {})
+    few = by_subsets is not None and (blocks if observations is None else observations) < FEWEST
+    if few or not queries:
+        return Estimate(float(per_query[defined].mean()) if queries else math.nan, {})
     values = per_query[defined]
     mean = float(values.mean())
     resamples = 2000 if by_subsets is None else len(by_subsets)

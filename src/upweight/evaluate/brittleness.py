@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from upweight._ranking import extremes
 from upweight.errors import UpweightError
 from upweight.evaluate._tables import Axes, axes_or_new, frame
 from upweight.evaluate.bank import RetrainingBank
+from upweight.evaluate.given import finite_table
 from upweight.evaluate.subsets import Subsets, full, removals
 from upweight.scores import Scores
 from upweight.task import Task
@@ -78,6 +78,9 @@ def brittleness(scores: Scores | np.ndarray, retrain: Retrain, largest: int) -> 
             subsets so far and the new ones after them.
         largest: Most examples to remove.
 
+    Raises:
+        UpweightError: The scores are no finite table, or nothing would be left to train on.
+
     Cost: about ``1 + queries * (1 + log2(largest))`` subsets, for each seed.
 
     Example:
@@ -86,7 +89,7 @@ def brittleness(scores: Scores | np.ndarray, retrain: Retrain, largest: int) -> 
         >>> brittleness(np.array([[3.0, 2.0, 1.0, 0.0, 0.0]]), retrain, largest=4).smallest
         array([2.])
     """
-    values = scores.values.detach().cpu() if isinstance(scores, Scores) else torch.as_tensor(scores)
+    values = finite_table(scores)
     queries, n = values.shape
     if not 0 < largest < n:
         raise UpweightError(f"largest={largest}, expected 1 to {n - 1} -> leave something to train on")

@@ -14,7 +14,7 @@ from itertools import combinations
 import numpy as np
 
 from upweight.errors import UpweightError
-from upweight.evaluate.bootstrap import Estimate, estimate_mean
+from upweight.evaluate.bootstrap import Estimate, check_options, estimate_mean
 from upweight.evaluate.outcomes import Outcomes
 from upweight.evaluate.ranks import spearman
 
@@ -95,6 +95,7 @@ def noise_ceiling(
         resamples: Of the subsets.
         seed: Of the resampling.
     """
+    check_options(level, resamples)
     outcomes = outcomes.complete()
     values = outcomes.values  # [subset, seed, query]
     seeds = values.shape[1]
@@ -108,7 +109,9 @@ def noise_ceiling(
     others = [
         spearman(values[:, r], np.delete(values, r, axis=1).mean(axis=1)) for r in range(seeds)
     ]  # [seed][query]
-    reliability = estimate_mean(per_query, resampled, blocks, level, generator).within(-1, 1)
+    reliability = estimate_mean(per_query, resampled, blocks, level, generator, len(outcomes.masks)).within(
+        -1, 1
+    )
     return NoiseCeiling(
         reliability, float(np.nanmean(others)) if np.isfinite(others).any() else math.nan, seeds
     )

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from upweight.errors import UpweightError
 from upweight.evaluate._tables import Axes, axes_or_new, frame
-from upweight.evaluate.bootstrap import Estimate, draw_counts, interval
-from upweight.scores import SelfInfluence
+from upweight.evaluate.bootstrap import Estimate, check_options, draw_counts, interval
+from upweight.scores import Scores, SelfInfluence
 
 if TYPE_CHECKING:
     import pandas
@@ -90,13 +90,20 @@ def label_noise(
         seed: Of the resampling.
 
     Raises:
-        UpweightError: Shapes do not match, a score is not finite, or all labels are right, or all wrong.
+        UpweightError: Shapes do not match, a score is not finite, all labels are right, or all wrong, or more examples
+            are to be inspected than there are.
 
     Example:
         >>> result = label_noise([0.9, 0.2, 0.8, 0.1], [True, False, False, False], resamples=50)
         >>> result.auroc.value, result.found.tolist(), result.area
         (1.0, [1.0, 1.0, 1.0, 1.0], 0.75)
     """
+    check_options(level, resamples)
+    if isinstance(suspicion, Scores):
+        raise UpweightError(
+            "suspicion is Scores [query, train], expected one number for each training example -> "
+            "method.self_influence(), or a sum over queries: -scores.values.sum(0)"
+        )
     values = suspicion.values if isinstance(suspicion, SelfInfluence) else suspicion
     values = (
         values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, float)
@@ -115,7 +122,7 @@ def label_noise(
             f"{int(truth.sum())} of {n} labels are wrong, expected some of both -> nothing to tell apart"
         )
     count = int(truth.sum())
-    inspect = [k for k in dict.fromkeys(inspect or (count, 2 * count)) if 0 < k <= n]
+    counts = _counts(inspect, n) if inspect is not None else [k for k in (count, 2 * count) if k <= n]
     generator = np.random.default_rng(seed)
     order = np.argsort(-values, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # last of each run of ties
@@ -123,7 +130,7 @@ def label_noise(
     step = max(1, AT_A_TIME // n)
     for start in range(0, resamples, step):
         drawn = draw_counts(n, min(step, resamples - start), generator)[:, order]
-        resampled.append(_statistics(drawn, truth[order], ends, [k / n for k in inspect]))
+        resampled.append(_statistics(drawn, truth[order], ends, [k / n for k in counts]))
     replicates = np.concatenate(resampled)
     found = _found(np.ones((1, n)), truth[order], ends)
     curve = np.interp(np.arange(1, n + 1), found[0][0], found[1][0])
@@ -136,11 +143,21 @@ def label_noise(
     return LabelNoise(
         estimate(roc_auc_score(truth, values), 0),
         estimate(average_precision_score(truth, values), 1),
-        {k: estimate(curve[k - 1] / count, 2 + j) for j, k in enumerate(inspect)},
+        {k: estimate(curve[k - 1] / count, 2 + j) for j, k in enumerate(counts)},
         np.arange(1, n + 1),
         curve,
         count,
     )
+
+
+def _counts(inspect: Sequence[int], n: int) -> list[int]:
+    for k in inspect:
+        if not isinstance(k, int | np.integer) or not 0 < k <= n:
+            raise UpweightError(
+                f"inspect={[*inspect]}, expected whole numbers from 1 to {n} -> how many examples are looked at, not "
+                "their share"
+            )
+    return [int(k) for k in dict.fromkeys(inspect)]
 
 
 def _found(weights: np.ndarray, wrong: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

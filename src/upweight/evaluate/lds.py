@@ -17,7 +17,7 @@ import numpy as np
 
 from upweight.errors import UpweightError
 from upweight.evaluate._tables import Axes, axes_or_new, frame
-from upweight.evaluate.bootstrap import Estimate, estimate_mean
+from upweight.evaluate.bootstrap import Estimate, check_options, estimate_mean
 from upweight.evaluate.ceiling import NoiseCeiling, block_weights, noise_ceiling, seeds_for
 from upweight.evaluate.outcomes import Outcomes, as_scores
 from upweight.evaluate.ranks import spearman
@@ -34,7 +34,8 @@ class LDS:
     """A linear datamodelling score: -1 to 1, higher is better, 0 for random scores.
 
     Attributes:
-        score: Mean over queries, with intervals over queries, over subsets and over both.
+        score: Mean over queries, with intervals over queries, over subsets and over both: of one query over subsets
+            only, of fewer than five subsets none.
         per_query: [query]; NaN where all predictions or all outcomes are equal.
         ceiling: The noise ceiling, or None with a single seed.
         query_ids: One per query.
@@ -94,9 +95,16 @@ class LDS:
             raise UpweightError(
                 f"width={width}, expected a positive width of the interval -> 0.05 for example"
             )
-        spans = {name: high - low for name, (low, high) in self.score.intervals.items()}
-        # The squared width is a part of the queries' own, which stays, and one that shrinks as 1/subsets.
-        rest = max(0.0, max(spans["both"], spans["queries"]) ** 2 - spans["subsets"] ** 2)
+        spans = {name: high - low for name, (low, high) in self.score.intervals.items() if low == low}
+        if "subsets" not in spans:
+            raise UpweightError(
+                f"the LDS {self.score} has no interval over subsets, expected one to narrow -> more subsets, or scores "
+                "that are not constant"
+            )
+        # The squared width is a part of the queries' own, which stays, and one that shrinks as 1/subsets; of a single
+        # query there is only the second.
+        from_queries = max(spans.get("both", 0.0), spans.get("queries", 0.0))
+        rest = max(0.0, from_queries**2 - spans["subsets"] ** 2)
         from_subsets = max(spans.values()) ** 2 - rest
         if not width**2 > rest:
             return math.inf
@@ -149,7 +157,8 @@ def lds(
     """The linear datamodelling score of `scores` against retrained models.
 
     Args:
-        scores: [query, train], positive for proponents.
+        scores: [query, train], positive for proponents, in any unit: ranks are compared, and scores of a margin may
+            well be held against a loss.
         outcomes: From a `RetrainingBank` of random subsets, in loss orientation.
         level: Of the confidence intervals.
         resamples: Bootstrap resamples.
@@ -157,7 +166,8 @@ def lds(
         ceiling: From `noise_ceiling`, to compute it once for several methods.
 
     Raises:
-        UpweightError: Shapes or ids do not match, or fewer than three subsets have all their seeds.
+        UpweightError: Shapes or ids do not match, the queries are not those that were measured, or fewer than three
+            subsets have all their seeds.
 
     Example:
         >>> masks = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1]], dtype=bool)
@@ -166,12 +176,15 @@ def lds(
         >>> lds(truth, Outcomes(masks, losses[:, None])).value
         1.0
     """
+    check_options(level, resamples)
     kept = outcomes.complete()
     predicted, truth = predict(scores, kept), kept.means
     per_query = spearman(predicted, truth)
     generator = np.random.default_rng(seed)
     weights, blocks = block_weights(kept, resamples, generator)
-    score = estimate_mean(per_query, spearman(predicted, truth, weights), blocks, level, generator)
+    score = estimate_mean(
+        per_query, spearman(predicted, truth, weights), blocks, level, generator, len(kept.masks)
+    )
     return LDS(
         score.within(-1, 1),
         per_query,
@@ -199,13 +212,14 @@ def lds_difference(
     Noise that both share (hard queries, noisy subsets) cancels, so this may be certain where two intervals overlap.
     Queries for which either is undefined are left out.
     """
+    check_options(level, resamples)
     outcomes = outcomes.complete()
     a, b, truth = predict(scores, outcomes), predict(others, outcomes), outcomes.means
     generator = np.random.default_rng(seed)
     weights, blocks = block_weights(outcomes, resamples, generator)
     per_query = spearman(a, truth) - spearman(b, truth)
     resampled = spearman(a, truth, weights) - spearman(b, truth, weights)
-    return estimate_mean(per_query, resampled, blocks, level, generator).within(-2, 2)
+    return estimate_mean(per_query, resampled, blocks, level, generator, len(outcomes.masks)).within(-2, 2)
 
 
 def predict(scores: Any, outcomes: Outcomes) -> np.ndarray:

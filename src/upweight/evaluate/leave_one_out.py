@@ -15,8 +15,8 @@ import numpy as np
 
 from upweight.errors import UpweightError
 from upweight.evaluate._tables import Axes, axes_or_new, frame
-from upweight.evaluate.bootstrap import Estimate, draw_counts, estimate_mean, interval
-from upweight.evaluate.outcomes import Outcomes, as_scores
+from upweight.evaluate.bootstrap import Estimate, check_options, draw_counts, estimate_mean, interval
+from upweight.evaluate.outcomes import Outcomes, as_scores, check_unit
 from upweight.evaluate.ranks import spearman, weighted_pearson
 from upweight.scores import Scores
 
@@ -125,7 +125,8 @@ def leave_one_out(
         seed: Of the resampling.
 
     Raises:
-        UpweightError: The outcomes are not of leaving one out, or lack the whole set with its own labels.
+        UpweightError: The outcomes are not of leaving one out, or lack the whole set with its own labels; or the scores
+            are of other queries or in another unit.
 
     Example:
         >>> from upweight.evaluate import subsets
@@ -136,12 +137,20 @@ def leave_one_out(
         >>> result.pearson.value, result.slope.value, result.intercept.value
         (1.0, 2.0, 0.0)
     """
+    check_options(level, resamples)
     values = as_scores(scores, outcomes)
+    check_unit(scores.unit if isinstance(scores, Scores) else None, outcomes)
     outcomes = outcomes.complete()
     truth, examples = removal_effects(outcomes)  # [seed, query, example]
     means = truth.mean(axis=0)
     predicted = values[:, examples]
-    given = (np.ones(outcomes.n) if weights is None else np.asarray(weights, dtype=np.float64))[examples]
+    given = np.ones(outcomes.n) if weights is None else np.asarray(weights, dtype=np.float64)
+    if given.shape != (outcomes.n,):
+        raise UpweightError(
+            f"weights have shape {given.shape}, expected one for each of {outcomes.n} training examples -> any number "
+            "for those that were not left out"
+        )
+    given = given[examples]
     if not (given > 0).all():
         raise UpweightError(
             "a weight of an example left out is not positive -> how many examples it stands for"
@@ -211,6 +220,11 @@ def removal_effects(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray]:
             f"a subset leaves out {missing.max()} examples, expected 1 -> bank of subsets.leave_one_out(n, positions)"
         )
     left_out = missing == 1
+    if left_out.sum() < 2:
+        raise UpweightError(
+            f"{int(left_out.sum())} examples were left out, expected at least 2: one has no slope and no rank -> bank "
+            "of subsets.leave_one_out(n, positions) with more positions"
+        )
     # The same seed with and without the example: noise that both share cancels.
     whole = outcomes.values[missing == 0].mean(axis=0)  # [seed, query]
     effects = (outcomes.values[left_out] - whole).transpose(1, 2, 0)

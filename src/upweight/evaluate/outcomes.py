@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from upweight.errors import UpweightError
+from upweight.evaluate.given import finite_table
 from upweight.scores import Scores
 
-__all__ = ["Outcomes", "as_scores"]
+__all__ = ["Outcomes", "as_scores", "check_queries", "check_unit"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Outcomes:
         blocks: int, [subset]: subsets that were drawn together share a number.
         unit: Of the measurement.
         higher_is_better: Whether the measurement was negated to get ``values``.
-        info: Evidence.
+        info: Evidence; ``info["queries"]`` is the fingerprint of the queries.
         relabelled: bool, [subset]: True where some examples were trained on with other labels. What no mask can say no
             sum of scores predicts: evaluation leaves these subsets out.
 
@@ -91,7 +92,7 @@ class Outcomes:
             but = f" (besides {int(changed.sum())} with changed labels)" if changed.any() else ""
             raise UpweightError(
                 f"{int(whole.sum())} of {len(whole)} subsets have all their seeds{but}, expected at least 3 -> run the "
-                "bank, and look at the runs that failed"
+                "bank and look at the runs that failed, or retrain on more subsets"
             )
         return self if whole.all() else self.select(whole)
 
@@ -111,21 +112,15 @@ class Outcomes:
         """Only these queries, for example those that nothing was tuned on."""
         positions = np.arange(self.values.shape[2])[np.asarray(positions)]
         ids = [self.query_ids[q] for q in positions]  # type: ignore[index]
-        return replace(self, values=self.values[:, :, positions], query_ids=ids)
+        info = {key: value for key, value in self.info.items() if key != "queries"}  # that of all of them
+        return replace(self, values=self.values[:, :, positions], query_ids=ids, info=info)
 
 
 def as_scores(scores: Any, outcomes: Outcomes) -> np.ndarray:
     """Finite float64 scores [query, train] that fit the outcomes, whatever they came in."""
     if isinstance(scores, Scores):
-        theirs, ours = list(scores.query_ids), list(outcomes.query_ids or [])
-        if theirs != ours:
-            first = next((pair for pair in zip(theirs, ours) if pair[0] != pair[1]), (len(theirs), len(ours)))
-            raise UpweightError(
-                f"the scores are of other queries than the bank measured (first difference: {first[0]!r} and "
-                f"{first[1]!r}) -> attribute the queries that were given to bank.measure, in that order"
-            )
-        scores = scores.values.detach().cpu().double().numpy()
-    values = np.asarray(scores, dtype=np.float64)
+        check_queries(scores.query_ids, scores.info.get("queries"), outcomes)
+    values = finite_table(scores).double().numpy()
     expected = (outcomes.values.shape[2], outcomes.n)
     if values.shape != expected:
         turned = " (they look transposed)" if values.shape == expected[::-1] else ""
@@ -133,8 +128,33 @@ def as_scores(scores: Any, outcomes: Outcomes) -> np.ndarray:
             f"scores have shape {values.shape}, expected [query, train] = {expected}{turned} -> score the queries "
             "and the training set of the bank"
         )
-    if not np.isfinite(values).all():
-        raise UpweightError(
-            f"{int((~np.isfinite(values)).sum())} scores are not finite -> a NaN has no rank; see why"
-        )
     return values
+
+
+def check_queries(ids: Sequence[int | str], fingerprint: object, outcomes: Outcomes) -> None:
+    """Refuse scores of other queries than those of the outcomes, by their ids and, where both are known, their content.
+
+    Positions are the same numbers whatever they number, which is why the fingerprints are compared too.
+    """
+    theirs, ours = list(ids), list(outcomes.query_ids or [])
+    if theirs != ours:
+        first = next((pair for pair in zip(theirs, ours) if pair[0] != pair[1]), (len(theirs), len(ours)))
+        raise UpweightError(
+            f"the scores are of other queries than the bank measured (first difference: {first[0]!r} and "
+            f"{first[1]!r}) -> attribute the queries that were given to bank.measure, in that order"
+        )
+    known = outcomes.info.get("queries")
+    if isinstance(fingerprint, str) and isinstance(known, str) and fingerprint != known:
+        raise UpweightError(
+            f"the scores are of other queries than the bank measured (fingerprint {fingerprint[:8]}, not {known[:8]}) "
+            "-> attribute what was given to bank.measure; if it is the same data in another form, give scores.values"
+        )
+
+
+def check_unit(unit: str | None, outcomes: Outcomes) -> None:
+    """Refuse to compare the size of scores in one unit with outcomes in another; scores that only rank have none."""
+    if unit is not None and unit != outcomes.unit:
+        raise UpweightError(
+            f"the scores are in {unit!r} and the outcomes in {outcomes.unit!r}, expected one unit for a slope -> "
+            "attribute with the task of the bank (uw.lds compares ranks, whatever the unit)"
+        )

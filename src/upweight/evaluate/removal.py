@@ -8,19 +8,20 @@ removal should lower the loss. Three steps: `plan_removals`, a `RetrainingBank` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from upweight._ranking import extremes
 from upweight.errors import UpweightError
 from upweight.evaluate._tables import Axes, axes_or_new, frame
-from upweight.evaluate.bootstrap import Estimate, estimate_mean
-from upweight.evaluate.outcomes import Outcomes
+from upweight.evaluate.bootstrap import Estimate, check_options, estimate_mean
+from upweight.evaluate.given import finite_table
+from upweight.evaluate.outcomes import Outcomes, check_queries
 from upweight.evaluate.subsets import Subsets, full, removals
 from upweight.scores import Scores
 
@@ -41,6 +42,8 @@ class RemovalPlan:
         rows: [kind, size, query]: the subset of each removal.
         predicted: [kind, size, query]: the sum of the removed examples' scores.
         unit: Of ``predicted``; None if scores only rank.
+        query_ids: Of the scores; None if they came without.
+        queries: Fingerprint of the queries, if the scores know it.
     """
 
     subsets: Subsets
@@ -49,6 +52,8 @@ class RemovalPlan:
     rows: np.ndarray
     predicted: np.ndarray
     unit: str | None
+    query_ids: Sequence[int | str] | None = None
+    queries: str | None = None
 
 
 def plan_removals(
@@ -75,13 +80,7 @@ def plan_removals(
         >>> len(plan.subsets), plan.subsets.masks[plan.rows[0, 1, 0]].tolist(), plan.predicted[0].tolist()
         (5, [False, True, False, True], [[3.0], [5.0]])
     """
-    table = (
-        scores.values.detach().cpu().double()
-        if isinstance(scores, Scores)
-        else torch.as_tensor(scores).double()
-    )
-    if table.dim() != 2 or not table.isfinite().all():
-        raise UpweightError(f"scores have shape {tuple(table.shape)} -> give finite scores [query, train]")
+    table = finite_table(scores).double()
     queries, n = table.shape
     sizes = sorted({int(size) for size in sizes})
     if not sizes or not 0 < sizes[0] <= sizes[-1] < n:
@@ -118,6 +117,8 @@ def plan_removals(
         1 + np.arange(len(members)).reshape(shape),
         np.reshape(predicted, shape),
         scores.unit if isinstance(scores, Scores) else None,
+        list(scores.query_ids) if isinstance(scores, Scores) else None,
+        scores.info.get("queries") if isinstance(scores, Scores) else None,
     )
 
 
@@ -143,6 +144,7 @@ class RemovalCurve:
         per_query: [kind, size, query].
         predicted: The same, by the scores.
         unit: Of the changes.
+        predicted_unit: Of ``predicted``; None if scores only rank.
     """
 
     kinds: list[str]
@@ -153,12 +155,26 @@ class RemovalCurve:
     per_query: np.ndarray
     predicted: np.ndarray
     unit: str
+    predicted_unit: str | None = None
 
     @property
     def slope(self) -> float:
-        """Of the measured on the predicted change of removing proponents, through zero; 1 if the scale is right."""
-        predicted, measured = self.predicted[0], self.per_query[0]
-        return float((predicted * measured).sum() / (predicted * predicted).sum())
+        """Of the measured on the predicted change of removing proponents, through zero; 1 if the scale is right.
+
+        Removals that were not measured, because a run failed, take no part; NaN if nothing is predicted to change.
+
+        Raises:
+            UpweightError: The scores are in another unit than the changes.
+        """
+        if self.predicted_unit not in (None, self.unit):
+            raise UpweightError(
+                f"the scores are in {self.predicted_unit!r} and the changes in {self.unit!r}, expected one unit for a "
+                "slope -> attribute with the task of the bank"
+            )
+        known = np.isfinite(self.per_query[0])
+        predicted, measured = self.predicted[0][known], self.per_query[0][known]
+        square = float((predicted * predicted).sum())
+        return float((predicted * measured).sum()) / square if square > 0 else math.nan
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row per kind and size: kind, removed, change, low, high."""
@@ -204,8 +220,9 @@ def removal_curve(
         seed: Of the resampling.
 
     Raises:
-        UpweightError: The outcomes are of another plan, or the model of the whole set is missing.
+        UpweightError: The outcomes are of another plan or of other queries, or the model of the whole set is missing.
     """
+    check_options(level)
     if (
         not np.array_equal(outcomes.masks, plan.subsets.masks)
         or outcomes.values.shape[2] != plan.rows.shape[2]
@@ -214,6 +231,8 @@ def removal_curve(
             f"the outcomes are of {outcomes.masks.shape[0]} subsets and {outcomes.values.shape[2]} queries, the plan "
             f"of {len(plan.subsets)} and {plan.rows.shape[2]} -> RetrainingBank(..., subsets=plan.subsets)"
         )
+    if plan.query_ids is not None:
+        check_queries(plan.query_ids, plan.queries, outcomes)
     changed = np.asarray(outcomes.relabelled, dtype=bool)
     if changed.any():
         raise UpweightError(
@@ -247,4 +266,5 @@ def removal_curve(
         per_query,
         plan.predicted,
         outcomes.unit,
+        plan.unit,
     )

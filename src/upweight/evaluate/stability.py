@@ -15,6 +15,7 @@ from upweight._ranking import extremes
 from upweight.errors import UpweightError
 from upweight.evaluate._tables import Axes, axes_or_new, frame
 from upweight.evaluate.bootstrap import Estimate, estimate_mean
+from upweight.evaluate.given import aligned, finite_table
 from upweight.evaluate.ranks import spearman
 from upweight.scores import Scores
 
@@ -69,18 +70,15 @@ class Check:
 def top_k_overlap(runs: Sequence[Scores | np.ndarray | Tensor], k: int = 10) -> Check:
     """Share of the k first proponents that two runs (seeds, checkpoints) have in common, mean over pairs of runs.
 
-    Range 0 to 1, higher is stabler; chance is k/n.
+    Range 0 to 1, higher is stabler; chance is k/n. `Scores` are compared example by example, by their ids.
 
     Example:
         >>> top_k_overlap([np.array([[3.0, 2.0, 1.0, 0.0]]), np.array([[3.0, 0.0, 1.0, 2.0]])], k=2).value
         0.5
     """
-    tables = [_values(run) for run in runs]
-    if len(tables) < 2 or len({table.shape for table in tables}) > 1:
-        shapes = [tuple(table.shape) for table in tables]
-        raise UpweightError(
-            f"scores have shapes {shapes}, expected at least two tables of one shape -> one per seed"
-        )
+    if len(runs) < 2:
+        raise UpweightError(f"scores of {len(runs)} runs, expected at least two tables -> one per seed")
+    tables = aligned(runs)
     queries, n = tables[0].shape
     chosen = torch.zeros(len(tables), queries, n, dtype=torch.bool)
     for row, table in zip(chosen, tables):
@@ -107,7 +105,7 @@ def class_detection(
         >>> class_detection(np.array([[0.9, 0.1, 0.5]]), ["cat"], ["cat", "dog", "cat"], k=2).value
         1.0
     """
-    values = _values(scores)
+    values = finite_table(scores)
     asked, have = (
         np.asarray(c.cpu() if isinstance(c, Tensor) else c) for c in (query_classes, train_classes)
     )
@@ -115,6 +113,11 @@ def class_detection(
         raise UpweightError(
             f"{len(asked)} query classes and {len(have)} train classes for scores {tuple(values.shape)} -> give one "
             "for each query and each training example"
+        )
+    if len({classes.dtype.kind in "US" for classes in (asked, have) if classes.dtype.kind != "O"}) > 1:
+        raise UpweightError(
+            f"query classes are {asked.dtype} and train classes {have.dtype}, expected one kind: a number is never a "
+            "name -> give both as names, or both as numbers"
         )
     top = extremes(values, k, largest=True).numpy()
     same = have[top] == asked[:, None]
@@ -128,27 +131,15 @@ def model_randomisation(
     """Rank correlation of each query's scores with those for a model whose weights were drawn anew.
 
     Range -1 to 1. Near 0 is right: scores that survive randomisation are about the data alone, not about the model
-    ("Sanity Checks for Saliency Maps", arXiv 1810.03292).
+    ("Sanity Checks for Saliency Maps", arXiv 1810.03292). `Scores` are compared example by example, by their ids.
 
     Example:
         >>> model_randomisation(np.array([[1.0, 2.0, 3.0]]), np.array([[2.0, 4.0, 6.0]])).value
         1.0
     """
-    ours, theirs = _values(scores), _values(randomised)
-    if ours.shape != theirs.shape:
-        raise UpweightError(
-            f"scores have shapes {tuple(ours.shape)} and {tuple(theirs.shape)}, expected one shape"
-        )
+    ours, theirs = aligned([scores, randomised])
     correlation = spearman(ours.double().numpy().T, theirs.double().numpy().T)
     return _check("rank correlation with a randomised model", correlation, 0.0, False)
-
-
-def _values(scores: Any) -> Tensor:
-    values = scores.values if isinstance(scores, Scores) else torch.as_tensor(scores)
-    values = values.detach().cpu()
-    if values.dim() != 2 or not values.isfinite().all():
-        raise UpweightError(f"scores have shape {tuple(values.shape)} -> give finite scores [query, train]")
-    return values
 
 
 def _check(name: str, per_query: np.ndarray, chance: float, higher: bool) -> Check:

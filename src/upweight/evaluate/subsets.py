@@ -136,7 +136,12 @@ def leave_one_out(n: int, positions: Sequence[int] | None = None) -> Subsets:
         >>> leave_one_out(3, [1]).masks.astype(int).tolist()
         [[1, 1, 1], [1, 0, 1]]
     """
-    return full(n) + removals(n, [[i] for i in (range(n) if positions is None else positions)])
+    chosen = range(n) if positions is None else positions
+    if np.ndim(chosen) != 1:
+        raise UpweightError(
+            f"positions={positions!r}, expected a list of them -> [{positions}] for a single one"
+        )
+    return full(n) + removals(n, [[i] for i in chosen])
 
 
 def removals(n: int, groups: Mapping[str, Sequence[int]] | Sequence[Sequence[int]]) -> Subsets:

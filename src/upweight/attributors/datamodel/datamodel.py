@@ -252,17 +252,18 @@ class Datamodel:
     def _rows(self, queries: Examples) -> list[int]:
         """Which of the outcomes' queries these are."""
         count = self._values.shape[1]
-        if self._query_ids is None or isinstance(
-            queries.ids, range
-        ):  # positions say nothing of which ones they are
+        # Positions do not say which queries they are of.
+        if self._query_ids is None or isinstance(queries.ids, range):
             if queries.n != count:
-                raise UpweightError(
-                    f"{queries.n} queries for outcomes of {count} that have no ids -> give all of them, in their order"
-                    + (
-                        ""
-                        if self._query_ids is None
-                        else ", or some of them with ids=, those of the outcomes"
+                if self._query_ids is None:
+                    have, some_of_them = f"for outcomes of {count} that have no ids", ""
+                else:
+                    have, some_of_them = (
+                        f"without ids for outcomes of {count}",
+                        ", or some with the ids they had there",
                     )
+                raise UpweightError(
+                    f"{queries.n} queries {have} -> give all of them, in their order{some_of_them}"
                 )
             if self._queries is not None and queries.fingerprint() != self._queries:
                 raise UpweightError(
