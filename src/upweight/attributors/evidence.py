@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -112,8 +113,13 @@ def shared_info(
     }
 
 
-def measure_separable_error(query: Gradients, train: Gradients, inverse: Inverse, router: Router) -> float:
-    """Relative error (Frobenius) of the separable layers' summed scores, real queries against a training sample."""
+def measure_separable_error(
+    query: Gradients, train: Gradients, inverse: Inverse, router: Router, tolerance: float
+) -> float:
+    """Relative error (Frobenius) of the separable layers' summed scores, real queries against a training sample.
+
+    Warns above the tolerance. The routes stay nevertheless: a query's scores may not depend on the other queries.
+    """
     difference = norm = None
     for name in router.terms:
         curvature = inverse.curvature.layers[name]
@@ -130,7 +136,14 @@ def measure_separable_error(query: Gradients, train: Gradients, inverse: Inverse
     if difference is None or norm is None:
         return 0.0
     size = float(norm.norm())
-    return float(difference.norm()) / size if size > 0 else 0.0
+    error = float(difference.norm()) / size if size > 0 else 0.0
+    if error > tolerance:
+        warnings.warn(
+            f"scores of these queries have a relative error of {error:.1e}, above tolerance={tolerance:g}: their gradients "
+            "are unlike those of the training data -> tolerance=0 for exact scores",
+            stacklevel=5,
+        )
+    return error
 
 
 def library_versions() -> dict[str, str]:

@@ -209,8 +209,7 @@ class Influence(TrainingSetChanges):
         started = time.perf_counter()
         queries = functional_queries(query, ids) or Examples(query, ids)
         n = fitted.examples.n
-        inverse = fitted.curvature.inverse(self.damping)
-        router, separable_error = self._router_for(queries, inverse)
+        router, inverse = self._router(), fitted.curvature.inverse(self.damping)
         training: Any = self._index(per_layer) or fitted.training
         correction = Correction(self, fitted, inverse)
         names = list(fitted.tracker.layers) if per_layer else None
@@ -239,7 +238,7 @@ class Influence(TrainingSetChanges):
         info = influence_info(self, fitted) | {
             "queries": queries.fingerprint(),
             "routes": dict(router.chosen),
-            "separable_error": separable_error,
+            "separable_error": self._separable_error(queries, inverse, router),
             **solve_evidence(inverse),
             "attribute_seconds": round(time.perf_counter() - started, 3),
         }
@@ -360,14 +359,15 @@ class Influence(TrainingSetChanges):
         numbers = sum(layer.numel for layer in fitted.tracker.layers.values())
         return numbers * torch.finfo(fitted.dtype).bits // 8
 
-    def _router_for(self, queries: Examples | FunctionalQueries, inverse: Any) -> tuple[Router, float | None]:
-        """The routes for these queries, and the error of separable ones, which are given up where it is too large."""
-        router, fitted = self._router(), self._ready()
+    def _separable_error(
+        self, queries: Examples | FunctionalQueries, inverse: Any, router: Router
+    ) -> float | None:
+        fitted = self._ready()
         if not router.terms or fitted.sample is None:
-            return router, None
+            return None
         probe = self._query_gradients(queries, spread(queries.n, 8))
-        error = measure_separable_error(probe, fitted.sample.rows(slice(0, None, 3)), inverse, router)
-        return (router, error) if error <= self.tolerance else (Router(), None)
+        sample = fitted.sample.rows(slice(0, None, 3))
+        return measure_separable_error(probe, sample, inverse, router, self.tolerance)
 
     # Evidence ----------------------------------------------------------------------------------------------------
 
