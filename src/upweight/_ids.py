@@ -32,6 +32,26 @@ def as_ids(ids: Iterable[Id], name: str) -> list[Id]:
     return plain
 
 
+def one_or_more(ids: Iterable[Id] | Id, name: str) -> list[Id]:
+    """The same of a single id too: a plain one, a NumPy scalar, or an array or tensor without axes.
+
+    Raises:
+        UpweightError: It is no id, and nothing that ids could be in: a float, say, or a truth value.
+
+    >>> one_or_more(torch.tensor(3), "ids"), one_or_more("scan-7", "ids"), one_or_more([3, 4], "ids")
+    ([3], ['scan-7'], [3, 4])
+    """
+    alone = ids.item() if isinstance(ids, Tensor | np.ndarray | np.generic) and ids.ndim == 0 else ids
+    if isinstance(alone, int | str) and not isinstance(alone, bool):
+        return as_ids([alone], name)
+    if not isinstance(alone, Iterable):
+        raise UpweightError(
+            f"{name} is {alone!r}, expected an integer, a string, or several of them -> name examples by the ids they "
+            "were given"
+        )
+    return as_ids(alone, name)
+
+
 def some(ids: Iterable[Id]) -> str:
     """The first three of them, for an error."""
     shown = [repr(name) for _, name in zip(range(4), ids)]
@@ -40,7 +60,7 @@ def some(ids: Iterable[Id]) -> str:
 
 def positions_of(known: Sequence[Id], ids: Iterable[Id] | Id) -> list[int]:
     """Positions of the training examples with these ids, in the ids' order."""
-    wanted = as_ids([ids] if isinstance(ids, (int, str)) else ids, "ids")
+    wanted = one_or_more(ids, "ids")
     if not wanted:
         raise UpweightError("no ids were given, expected at least one -> name the examples to remove")
     if len(set(wanted)) != len(wanted):

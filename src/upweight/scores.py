@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from upweight._files import json_text, load_bundle, save_bundle
-from upweight._ids import Id, as_array, as_ids, bytes_to_ids, ids_to_bytes, some
+from upweight._ids import Id, as_array, as_ids, bytes_to_ids, ids_to_bytes, one_or_more, some
 from upweight._ranking import Ranking, extremes
 from upweight.errors import StoreError, UpweightError
 
@@ -149,7 +149,7 @@ class Scores:
         proponents raises a loss and lowers a margin.
 
         Args:
-            train_ids: Ids to remove; one that is named twice counts once.
+            train_ids: Id or ids to remove; one that is named twice counts once.
 
         Returns:
             [query], in ``unit``.
@@ -162,9 +162,7 @@ class Scores:
                 f"{self.info.get('method', 'this method')} only ranks training examples, its scores are not "
                 "predicted changes -> use a calibrated method such as Influence"
             )
-        wanted = set(
-            as_ids([train_ids] if isinstance(train_ids, int | str | np.generic) else train_ids, "train_ids")
-        )
+        wanted = set(one_or_more(train_ids, "train_ids"))
         if unknown := wanted.difference(self.train_ids):
             raise UpweightError(
                 f"{some(unknown)} not among the {len(self.train_ids)} train_ids ({some(self.train_ids)}) "
