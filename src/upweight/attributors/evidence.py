@@ -139,8 +139,8 @@ def measure_separable_error(
     error = float(difference.norm()) / size if size > 0 else 0.0
     if error > tolerance:
         warnings.warn(
-            f"scores of these queries have a relative error of {error:.1e}, above tolerance={tolerance:g}: their gradients "
-            "are unlike those of the training data -> tolerance=0 for exact scores",
+            f"these queries' scores are off by {error:.1e}, above tolerance={tolerance:g}: their gradients are "
+            "unlike the training data's -> tolerance=0 for exact scores",
             stacklevel=5,
         )
     return error
