@@ -295,3 +295,20 @@ def test_worker_processes_import_the_file_and_give_the_same(upweight, place):
     assert code == 0
     rows = [[(row["name"], row["lds"]) for row in json.loads(text)["methods"]] for text in (one, two)]
     assert rows[0] == rows[1]
+
+
+def test_a_method_may_read_the_queries_in_a_form_of_its_own(upweight, place):
+    """Its fingerprint of them is then another than the bank's, as that of the texts which BM25 reads."""
+    with open(place / "images.py", "a") as file:
+        file.write(
+            "\nclass Reader(uw.GradDot):\n"
+            "    def attribute(self, query):\n"
+            "        found = super().attribute(query)\n"
+            "        return uw.Scores(found.values, found.query_ids, found.train_ids, None, {'queries': 'words'})\n"
+            "def read():\n    return made(methods={'words': Reader})\n"
+        )
+    code, _, err = upweight("evaluate", "images.py:read", *QUICK, "--json")
+    assert code == 0, err
+    experiment = uw.Experiment.load("images.py:read")
+    saved = uw.Scores.load(place / "runs/tiny-images/scores/words")
+    assert saved.info["queries"] == experiment.query.fingerprint()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +139,9 @@ def scored(experiment: Experiment, spec: str) -> tuple[Scores, float]:
         raise UpweightError(
             f"{spec} gave {type(scores).__name__}, expected Scores -> see uw.check_attributor"
         )
-    return scores, time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    # A method may read the queries in a form of its own, such as texts: which they were is known here.
+    return replace(scores, info=scores.info | {"queries": experiment.query.fingerprint()}), seconds
 
 
 def compare(
