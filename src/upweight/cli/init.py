@@ -16,8 +16,8 @@ from upweight.cli.session import printable, session
 
 HELP = """Write a commented experiment file for your own project.
 
-An experiment says what your model, its task and its data are, in some 80 lines of plain PyTorch: run it as it is to \
-see that everything works, then put your own network and training in the places marked CHANGE.
+An experiment says what your model, its task and its data are, in about a hundred lines of plain Python: run it as it \
+is to see that everything works, then put your own network and training in the places marked CHANGE.
 
 [bold]Examples[/]
 

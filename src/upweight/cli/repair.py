@@ -105,7 +105,12 @@ def repair(
     verify: Annotated[
         bool, typer.Option("--verify", help="Retrain on the changed data, and compare.")
     ] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Models that --verify trains.")] = 3,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Models that --verify trains; two more, on halves of the data, check train_fn."
+        ),
+    ] = 3,
     jobs: Annotated[int, typer.Option(min=-1, help="Models trained at a time; -1: one for each core.")] = 1,
     json: Json = False,
     debug: Debug = False,
