@@ -1,7 +1,5 @@
 """The separable route: a spectral filter as a few products, as many as a probe of real gradients asks for."""
 
-import warnings
-
 import pytest
 import torch
 from networks import digits, trained
@@ -10,7 +8,7 @@ from torch import Tensor
 import upweight as uw
 from upweight.gradients import Eigenbasis, Factored, Router, Spectral
 from upweight.gradients.blocks import Piece
-from upweight.gradients.separable import RANK_SHARE, Terms, exact_scores, separate
+from upweight.gradients.separable import RANK_SHARE, Terms, exact_scores, query_errors, separate
 
 
 def assert_equal(found: Tensor, expected: Tensor):
@@ -168,19 +166,33 @@ def test_no_tolerance_asks_for_the_exact_route():
     assert separate(filter_, 1 / filter_, query, train, 0.0) is None
 
 
-def test_queries_for_which_the_terms_do_not_suffice_are_warned_of():
-    """Terms are found on training gradients; noise has others."""
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
+def test_every_query_is_within_the_tolerance_and_does_not_depend_on_the_others(curvature):
+    """Terms are found on training gradients; noise has others, and takes exact routes, each query for itself."""
     train, (x, y) = digits()
-    model = trained("mlp")
+    noise = 30 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    query = torch.cat([x, noise]), torch.cat([y, y])
     method, exact = (
-        uw.Influence(model, uw.Classification(), tolerance=tolerance, damping=1e-3, progress=False).fit(train)
-        for tolerance in (1e-3, 0)
+        uw.Influence(
+            trained("mlp"),
+            uw.Classification(),
+            curvature=curvature,
+            tolerance=t,
+            damping=1e-3,
+            progress=False,
+        ).fit(train)
+        for t in (1e-3, 0)
     )
-    noise = 30 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), y
-    for query, suffices in ((x, y), True), (noise, False):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            scores, expected = method.attribute(query), exact.attribute(query).values
-        error = float((scores.values - expected).norm() / expected.norm())
-        assert any("separable" in route for route in scores.info["routes"].values())
-        assert (error < 1e-3) == suffices == (not caught)
+    scores, expected = method.attribute(query, per_layer=True), exact.attribute(query).values
+    assert any("separable" in route for route in scores.info["routes"].values())
+    errors = (scores.values - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(errors.max()) < 2e-3 and float(errors.square().mean().sqrt()) < 1e-3
+    if curvature == "ekfac":  # as the terms alone would not have been
+        terms = method._router().terms
+        inverse = method._fitted.curvature.inverse(method.damping)
+        gradients = inverse @ method._query_gradients(uw.Examples(query), range(2 * len(x)))
+        assert float(query_errors(gradients, inverse, terms)[len(x) :].min()) > 1e-3
+    torch.testing.assert_close(sum(scores.layers.values()), scores.values)
+    for few in (slice(0, 3), slice(len(x) - 2, len(x) + 2), slice(len(x), None)):
+        alone = method.attribute(tuple(t[few] for t in query)).values
+        assert float((alone - scores.values[few]).norm() / alone.norm()) < 1e-5

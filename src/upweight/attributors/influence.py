@@ -27,6 +27,7 @@ from upweight.attributors.exact import check_curvature, solve_evidence, solver_s
 from upweight.attributors.fitted import CALIBRATED, Fitted, fit_influence, spread
 from upweight.attributors.functional import FunctionalQueries, functional_gradients, functional_queries
 from upweight.attributors.manifest import sample_of_scores, scores_manifest
+from upweight.attributors.panel import gather_panel
 from upweight.attributors.tiles import WHOLE, ScoreTiles, fill_tiles
 from upweight.budget import KEEP_SHARE, PANEL_SHARE, batch_size_for, parse_memory
 from upweight.cache import Cache
@@ -308,8 +309,8 @@ class Influence(TrainingSetChanges):
             return WhitenedQueries.concatenate([fitted.index.query(g) for g in gradients])
         if self.curvature in (*EXACT_KINDS, "datainf"):  # one solve, or one pass, for the whole panel
             return apply(Gradients.concatenate(list(gradients)).with_router(router))
-        prepared = (router.prepare(apply(g)) for g in gradients)
-        return Gradients.gather(prepared, stop - start).with_router(router)
+        inverse = fitted.curvature.inverse(self.damping)
+        return gather_panel((apply(g) for g in gradients), stop - start, inverse, router, self.tolerance)
 
     def _index(self, per_layer: bool = False) -> GradientIndex | None:
         """The index, if the fit made one and it can answer this."""

@@ -12,8 +12,8 @@ is decided on the same probe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -45,11 +45,15 @@ BEGINNINGS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
 @dataclass(frozen=True)
 class Terms:
-    """``filter ~= rows @ cols.T``: rows [R, k], cols [C, k], accepted at this error of scores (see `separate`)."""
+    """``filter ~= rows @ cols.T``: rows [R, k], cols [C, k], accepted at this error of scores (see `separate`).
+
+    On the probe the error was `scale` times what the eigenvalues tell (see `expected_error`).
+    """
 
     rows: Tensor
     cols: Tensor
     error: float
+    scale: float = 1.0
 
     @property
     def rank(self) -> int:
@@ -90,8 +94,45 @@ def find_terms(inverse: Inverse, sample: Gradients, tolerance: float) -> dict[st
         spectral_filter, eigenvalues = preconditioned.filter[0], curvature.eigenvalues[0]
         terms = separate(spectral_filter, eigenvalues, query, train, tolerance)
         if terms is not None:
-            found[name] = terms
+            error, size = expected_error(terms, spectral_filter, eigenvalues, query)
+            told = float((error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean().sqrt())
+            found[name] = replace(terms, scale=terms.error / told if told > 0 else 1.0)
     return found
+
+
+def query_errors(queries: Gradients, inverse: Inverse, terms: Mapping[str, Terms]) -> Tensor:
+    """Expected relative error of each preconditioned query's scores by separable terms, [query].
+
+    It depends on the query alone, so that its scores do not depend on the other queries.
+    """
+    errors, sizes = [], []
+    for name, found in terms.items():
+        block = queries[name]
+        if isinstance(block, Spectral) and block.left.shape[2] == 1:
+            factors = block.left[0, :, 0], block.right[0, :, 0]
+            eigenvalues = inverse.curvature.layers[name].eigenvalues[0]
+            error, size = expected_error(found, block.filter[0], eigenvalues, factors)
+            errors.append(error * found.scale**2)
+            sizes.append(size)
+    if not errors:
+        return torch.zeros(queries.batch)
+    size = torch.stack(sizes).sum(0)
+    return (torch.stack(errors).sum(0) / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
+
+
+def expected_error(
+    terms: Terms, spectral_filter: Tensor, eigenvalues: Tensor, query: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Mean squared error, and mean square, of each query's scores over the training data [q], up to one factor.
+
+    An eigenvalue is the mean square of the training gradients' coordinate. Were their coordinates uncorrelated, a score
+    would have the mean square ``sum_rc (filter_rc left_r right_c)^2 Lambda_rc``, and its error that of the rest.
+    """
+    left, right = (factor.square() for factor in query)
+    mass = eigenvalues.clamp_min(0)
+    rest = spectral_filter - terms.rows @ terms.cols.mT
+    error, size = (((left @ (part.square() * mass)) * right).sum(1) for part in (rest, spectral_filter))
+    return error, size
 
 
 def may_separate(block: Block) -> bool:
