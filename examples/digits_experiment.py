@@ -62,6 +62,7 @@ def experiment():
         train_fn=train_fn,
         show=show,
         classes=[str(digit) for digit in range(10)],
+        l2=1e-3,
         methods={
             # weight decay 1e-3 is part of what was minimised, so it belongs to the curvature
             "ekfac": lambda model, task: uw.Influence(model, task, damping=1e-3),

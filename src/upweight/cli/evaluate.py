@@ -15,6 +15,8 @@ from upweight.cli.options import Address, Debug, Json, Out
 from upweight.cli.session import again, open_run, session
 
 if TYPE_CHECKING:
+    from upweight.evaluate.bootstrap import Estimate
+    from upweight.evaluate.ceiling import NoiseCeiling
     from upweight.evaluate.comparison import Comparison
 
 HELP = """Is the answer right? Hold methods against models that were really retrained.
@@ -99,11 +101,16 @@ def _how_to_go_on(folder: Path) -> str:
     return f"{kept} models are kept in {folder / 'bank'} -> go on with: {again()}"
 
 
+def _span(estimate: Estimate | NoiseCeiling, form: str) -> str:
+    """Its interval; nothing where there is none, as of fewer than five subsets."""
+    return f" ({estimate.low:{form}}, {estimate.high:{form}})" if math.isfinite(estimate.low) else ""
+
+
 def _table(comparison: Comparison) -> Table:
     ceiling, lds = comparison.ceiling, comparison.rows[0].lds
     plan = comparison.plan
     noise = (
-        f"noise ceiling {ceiling.value:.3f} [{ceiling.low:.3f}, {ceiling.high:.3f}]"
+        f"noise ceiling {ceiling.value:.3f}{_span(ceiling, '.3f')}"
         if ceiling is not None
         else "no noise ceiling: that takes 2 seeds or more"
     )
@@ -129,9 +136,9 @@ def _table(comparison: Comparison) -> Table:
         table.add_row(
             Text(row.name),
             f"{row.lds.value:.3f}",
-            f"{row.lds.low:.2f} to {row.lds.high:.2f}",
+            f"{row.lds.low:.2f} to {row.lds.high:.2f}" if math.isfinite(row.lds.low) else "-",
             f"{row.lds.corrected:.0%}" if math.isfinite(row.lds.corrected) else "-",
-            "" if gain is None else f"{gain.value:+.2f} ({gain.low:+.2f}, {gain.high:+.2f})",
+            "" if gain is None else f"{gain.value:+.2f}{_span(gain, '+.2f')}",
             style="dim" if row.baseline else None,
         )
     return table

@@ -65,6 +65,7 @@ def as_experiment(settings: Settings, images: ImageSet, given: Tensor, model: nn
         query,
         train_fn=trainer(images, given, settings.recipe),
         classes=images.classes,
+        l2=settings.recipe.weight_decay,
         methods={
             # weight decay curves the objective but is no part of any example's loss: it enters as damping
             "ekfac": lambda model, task: uw.Influence(model, task, damping=settings.recipe.weight_decay)

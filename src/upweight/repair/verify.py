@@ -93,7 +93,7 @@ def verify(
     if report.failed:
         seed, error = report.failed[0][1:]
         raise UpweightError(
-            f"retraining with seed {seed} failed: {error} -> repair train_fn, and use a new folder"
+            f"retraining with seed {seed} failed: {error} -> repair train_fn, then call it again"
         )
     try:
         retrained = {seed: bank.model(0, seed) for seed in bank.seeds}

@@ -131,7 +131,7 @@ class BM25:
             "k1": self.k1,
             "b": self.b,
             "fingerprints": {"train": self._fingerprint},
-            "queries": _fingerprint(texts),
+            "texts": _fingerprint(texts),
             "versions": {**library_versions(), "bm25s": self._library.__version__},
         }
         return Scores(torch.from_numpy(values), names, self._ids, None, info)
