@@ -205,3 +205,40 @@ def test_padding_that_no_mask_names_is_warned_of():
         warnings.simplefilter("error")
         uw.Influence(model, task, progress=False).fit(loader)
         uw.GradDot(model, uw.Classification(), progress=False).fit(loader)
+
+
+# Positions before examples -------------------------------------------------------------------------------------------
+
+
+class PositionsFirst(nn.Module):
+    """Merges [position, batch] into one axis, which a text of a single token does not tell from [batch, position]."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.inner, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)
+
+    def forward(self, tokens):
+        batch, length = tokens.shape
+        z = self.table(tokens).transpose(0, 1).reshape(length * batch, 4)
+        return self.head(self.inner(z).tanh()).reshape(length, batch, 9).transpose(0, 1)
+
+
+@pytest.mark.parametrize("lengths", [(1, 3, 5), (5, 3, 1), (1, 1, 1)])
+def test_positions_before_examples_whatever_length_comes_first(lengths):
+    torch.manual_seed(0)
+    batches = [{"t": torch.randint(0, 9, (4, length))} for length in lengths]
+    model = PositionsFirst().double()
+
+    def loss(model, batch):
+        t = batch["t"]
+        return F.cross_entropy(model(t).mT, t.roll(1, 1), reduction="none").sum(1)
+
+    class Loader:
+        def __iter__(self):
+            return iter(batches)
+
+    found = (
+        uw.GradDot(model, uw.Task.from_functions(loss), progress=False).fit(Loader()).attribute(batches[1])
+    )
+    rows = [flat(gradients(loss, model, batch, 4)) for batch in batches]
+    torch.testing.assert_close(found.values, rows[1] @ torch.cat(rows).T)

@@ -22,6 +22,11 @@ def as_ids(ids: Iterable[Id], name: str) -> list[Id]:
     plain: list[Id] = []
     for position, item in enumerate(items):
         value: object = np.asarray(item).item() if np.ndim(item) == 0 else item
+        if isinstance(value, bool):
+            raise UpweightError(
+                f"{name}[{position}] is {value}, expected ids: a mask names none -> the ids where it is true, such as "
+                "mask.nonzero()"
+            )
         # A float comes from a column of integers that has, or had, gaps in it.
         if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
             plain.append(int(value))

@@ -92,9 +92,7 @@ def reweight(method: Influence, weights: Any, query: Any, convention: str = "sum
     n = fitted.examples.n
     if isinstance(weights, Mapping):
         positions = positions_of(fitted.examples.ids, list(weights))
-        values = torch.as_tensor(
-            [float(weights[fitted.examples.ids[p]]) for p in positions], dtype=fitted.dtype
-        )
+        values = torch.as_tensor([float(weight) for weight in weights.values()], dtype=fitted.dtype)
     else:
         values = torch.as_tensor(weights, dtype=fitted.dtype).flatten()
         positions = list(range(n))

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -227,7 +228,9 @@ class TracIn(Attributor):
 
 
 def _rates(rates: Sequence[float] | float, count: int) -> list[float]:
-    listed = [rates] * count if isinstance(rates, (int, float)) else [float(r) for r in rates]
+    listed = (
+        [float(np.asarray(rates))] * count if np.ndim(rates) == 0 else [float(r) for r in np.asarray(rates)]
+    )
     if len(listed) != count:
         raise UpweightError(f"{len(listed)} learning rates for {count} checkpoints -> give one for each")
     if wrong := [r for r in listed if not (math.isfinite(r) and r > 0)]:

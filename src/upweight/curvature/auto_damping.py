@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from upweight.curvature.exact import ExactCurvature
+from upweight.errors import UpweightError
 from upweight.gradients.layers import from_parameters, to_parameters
 from upweight.task import Task
 
@@ -83,6 +84,10 @@ def auto_damping(operator: ExactCurvature) -> AutoDamping:
     steps = KrylovSteps.of(operator, objective.gradients())
     low = max(SPAN[0] * steps.top, LEAST_OF_L2 * operator.l2, -INDEFINITE_MARGIN * min(steps.smallest, 0.0))
     low = low or 1e-12  # no curvature at all
+    if not math.isfinite(steps.top):
+        raise UpweightError(
+            "damping='auto' finds no curvature, expected losses that are not all zero to rounding -> name a damping"
+        )
     tried: dict[float, float] = {}
     for damping in _descending(max(SPAN[1] * steps.top, low), low):
         tried[damping] = objective.after(steps.at(damping))

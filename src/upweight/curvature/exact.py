@@ -20,6 +20,7 @@ from upweight.errors import UpweightError
 from upweight.gradients import Gradients, Tracker
 from upweight.gradients.checks import is_finite
 from upweight.gradients.layers import from_parameters, to_parameters
+from upweight.gradients.probe import largest_losses
 from upweight.passes import FisherPass, Kept, Step
 from upweight.task import FisherKind, OutputTask, resolve_fisher
 from upweight.task.base import MOST_EXACT_COLUMNS
@@ -198,7 +199,9 @@ class ExactCurvature:
 
     def _check_symmetric(self) -> None:
         """Raise if ``x . H y`` is not ``y . H x``: torch's second derivative of some operation is then wrong."""
-        positions = range(min(self.data.n, SYMMETRY_EXAMPLES, self.data.alike))
+        positions = largest_losses(
+            self.tracker, self.data, SYMMETRY_EXAMPLES
+        )  # else H is rounding noise
         x = torch.randn(self.size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         x = x.to(self.tracker.device, self.dtype)
         batch, ids = self.data.take(positions), [self.data.ids[p] for p in positions]
@@ -206,7 +209,7 @@ class ExactCurvature:
         products = x.T.double() @ Hx
         gap = float((products[0, 1] - products[1, 0]).abs())
         size = float(torch.linalg.vector_norm(x[:, 0].double()) * torch.linalg.vector_norm(Hx[:, 1]))
-        if gap > (1e-9 if self.dtype == torch.float64 else 1e-3) * size:
+        if size > 0 and gap > (1e-9 if self.dtype == torch.float64 else 1e-3) * size:
             raise UpweightError(
                 f"the second derivative that torch computes is not symmetric (x.Hy and y.Hx differ by {gap / size:.1e} "
                 "of |x| |Hy|): an operation's double backward is wrong, as weight_norm's is -> use curvature='ggn', "

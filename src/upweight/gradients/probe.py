@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from upweight.gradients.checks import autograd, check_finite, check_per_example
 from upweight.gradients.operations import Layout
 from upweight.gradients.tap import Tap, Use
 from upweight.task import Task
+
+if TYPE_CHECKING:
+    from upweight.gradients.tracker import Tracker
 
 CANDIDATES = 16
 """The probe is the two of the first examples with the largest losses: at a loss of zero nothing can be verified."""
@@ -79,6 +82,14 @@ def pick_others(examples: Examples) -> list[int]:
     count = min(examples.alike, OTHERS)
     spread = [round(k * (examples.alike - 1) / max(1, count - 1)) for k in range(count)]
     return spread[1::2][::-1] + spread[::2]
+
+
+def largest_losses(tracker: Tracker, examples: Examples, count: int) -> list[int]:
+    """Positions of the examples with the largest losses, of eight times as many from all over the data."""
+    few = sorted({round(p) for p in torch.linspace(0, examples.alike - 1, 8 * count).tolist()})
+    with torch.no_grad(), tracker.quietly():
+        losses = tracker.task.train_loss(tracker.model, tracker.move(examples.take(few)))
+    return [few[k] for k in losses.abs().argsort(descending=True)[:count].tolist()]
 
 
 def compare_layouts(

@@ -126,20 +126,31 @@ class Traced:
             oracle: weights [batch], and autograd's gradients of the losses summed with them.
             batch: examples in it.
         """
-        wrong = self._wrong(uses, deltas, oracle, batch)
+        for name in self.mend(uses, deltas, oracle, batch):
+            self._to_fallback(name, "its fast gradient differs from autograd's")
+
+    def mend(
+        self,
+        uses: Sequence[Use],
+        deltas: Sequence[Tensor | None],
+        oracle: Sequence[tuple[Tensor, Agreement]],
+        batch: int,
+        slack: float = 1.0,
+    ) -> set[str]:
+        """Give parameters whose fast gradient differs from autograd's another layout; return those it does not mend."""
+        wrong = self._wrong(uses, deltas, oracle, batch, slack)
         if not wrong:
-            return
+            return wrong
         # Merged axes may keep positions first: try that for the layers concerned.
         before = dict(self._layout_of)
         for key, layouts in before.items():
             if key[0] in wrong or key[1] in wrong:
                 self._layout_of[key] = [replace(layout, position_major=True) for layout in layouts]
-        still = self._wrong(uses, deltas, oracle, batch)
-        for key in before:  # what this did not mend goes back and to the fallback
+        still = self._wrong(uses, deltas, oracle, batch, slack)
+        for key in before:
             if key[0] in still or key[1] in still:
                 self._layout_of[key] = before[key]
-        for name in still:
-            self._to_fallback(name, "its fast gradient differs from autograd's")
+        return still
 
     def verify_again(
         self,
