@@ -15,7 +15,7 @@ from upweight.gradients import Tracker
 from upweight.repair.certificate import Certificate, bend_bound, gamma_of
 from upweight.repair.change import weights_of, without_weights
 from upweight.repair.descent import Descent
-from upweight.repair.head import find_head, is_linear
+from upweight.repair.head import linear_head
 from upweight.repair.objective import batch_gradient, losses_of
 from upweight.repair.vectors import Vector, combine, dot, norm
 from upweight.task import BinaryClassification, Classification, OutputTask, Task
@@ -108,7 +108,7 @@ def kept_buffers(model: nn.Module) -> list[str]:
 
 
 def certificate(descent: Descent, task: Task, batch_size: int) -> Certificate | None:
-    """The bound on the changed objective's gradient, where the objective is convex with known constants; else None.
+    """The bound on the changed objective's gradient, where the model is one linear layer; else None.
 
     Args:
         descent: after its last step.
@@ -117,16 +117,17 @@ def certificate(descent: Descent, task: Task, batch_size: int) -> Certificate | 
     """
     objective = descent.objective
     tracker, gamma = objective.tracker, gamma_of(task)
-    if gamma is None or not isinstance(task, OutputTask) or not is_linear(tracker, task):
+    if gamma is None or not isinstance(task, OutputTask):
         return None
-    after = descent.here()
+    after, examples = descent.here(), without_weights(objective.examples)
+    found = linear_head(tracker, task, examples, batch_size, (descent.last, after))
+    if found is None:
+        return None
     measured = norm(objective.gradient())
     descent.place(descent.last)
     try:
         gradient = objective.gradient()
         u = combine(after, descent.last, -1)
-        examples = without_weights(objective.examples)
-        found = find_head(tracker, task, examples, batch_size)
         inputs, targets = found.examples.take(range(examples.n))
         named = {found.parameter(name): v for name, v in u.items()}
         with torch.no_grad():
