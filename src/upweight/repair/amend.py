@@ -105,7 +105,8 @@ def relabel(
         model: the trained model, in eval mode. It stays as it is.
         task: its training loss.
         train: the data it was trained on, with the labels it was trained on.
-        labels: {id: new label}, class numbers or target values.
+        labels: {id: new label}, class numbers or target values. A task of your own functions does not say which tensor
+            of ``(x, y, w)`` they belong to: give such data as a dict with the targets as ``"labels"``.
         validation: held-out data that chooses the step size: that of its lowest loss.
         test: data whose losses are reported before and after; it decides nothing.
         options: see `upweight.repair.options.Options`.
@@ -160,7 +161,7 @@ def reweight(
         model: the trained model, in eval mode. It stays as it is.
         task: its training loss.
         train: the data it was trained on.
-        weights: {id: weight >= 0}.
+        weights: {id: weight >= 0}, real numbers of any type.
         validation: held-out data that chooses the step size: that of its lowest loss.
         test: data whose losses are reported before and after; it decides nothing.
         options: see `upweight.repair.options.Options`.
@@ -212,7 +213,7 @@ def amend(
             f"task is {type(task).__name__}, expected a Task -> uw.Classification() for example"
         )
     examples = train if isinstance(train, Examples) else Examples(train)
-    change = read_change(examples, remove, labels, weights)
+    change = read_change(examples, remove, labels, weights, task)
     change.divisor(settings.convention)
     copied = copied_model(model)
     with _as_it_was(model, copied):

@@ -23,12 +23,10 @@ from upweight._ids import as_ids, positions_of
 from upweight._trees import map_tensors
 from upweight.data import Examples, Rows, Source, _Tensors
 from upweight.errors import UpweightError
+from upweight.repair.targets import Label, check_named, different, real, with_targets
 from upweight.task import FisherKind, Task
-from upweight.task.outputs import split_batch
 
 CONVENTIONS = ("sum", "mean")
-
-Label = int | float
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,7 @@ def read_change(
     remove: Any = None,
     labels: Mapping[Any, Any] | None = None,
     weights: Mapping[Any, float] | None = None,
+    task: Task | None = None,
 ) -> Change:
     """The change that a user asks for, by ids; with errors that name the ids.
 
@@ -104,17 +103,13 @@ def read_change(
         remove: ids to remove.
         labels: {id: new label}. Labels that are the given ones already are no change.
         weights: {id: new weight}; 0 removes, 1 is no change.
+        task: what the data is for, which says which tensor of a batch is the target; not asked if None.
     """
     known = examples.ids
     removed = [] if remove is None else positions_of(known, remove)
     new_labels = dict(zip(positions_of(known, as_ids(labels, "ids")), labels.values())) if labels else {}
-    new_weights = dict(zip(positions_of(known, as_ids(weights, "ids")), weights.values())) if weights else {}
-    for p, w in new_weights.items():
-        if isinstance(w, bool) or not isinstance(w, (int, float)) or not 0 <= w < math.inf:
-            raise UpweightError(
-                f"the weight of example {known[p]!r} is {w!r}, expected a finite number >= 0 -> 0 removes it, 1 leaves "
-                "it as it is"
-            )
+    given = dict(zip(positions_of(known, as_ids(weights, "ids")), weights.values())) if weights else {}
+    new_weights = {p: _weight(w, known[p]) for p, w in given.items()}
     both = {*removed} & ({*new_labels} | {*new_weights})
     if both:
         raise UpweightError(
@@ -128,8 +123,8 @@ def read_change(
     found = Change(
         examples.n,
         removed=sorted({*removed, *gone}),
-        labels=_different(examples, new_labels),
-        weights={p: float(w) for p, w in new_weights.items() if w not in (0, 1)},
+        labels=_different(examples, new_labels, task),
+        weights={p: w for p, w in new_weights.items() if w not in (0, 1)},
     )
     named = {*found.removed, *found.labels, *found.weights}
     if not named:
@@ -144,46 +139,23 @@ def read_change(
     return Change(found.n, found.removed, found.labels, found.weights, {p: known[p] for p in sorted(named)})
 
 
-def _different(examples: Examples, labels: Mapping[int, Any]) -> dict[int, Label]:
+def _weight(weight: Any, name: Any) -> float:
+    number = real(weight)
+    if number is None or not 0 <= number < math.inf:
+        raise UpweightError(
+            f"the weight of example {name!r} is {weight!r}, expected a finite number >= 0 -> 0 removes it, 1 leaves it "
+            "as it is"
+        )
+    return float(number)
+
+
+def _different(examples: Examples, labels: Mapping[int, Any], task: Task | None) -> dict[int, Label]:
     """The labels that differ from the given ones, as plain numbers."""
     if not labels:
         return {}
-    positions = list(labels)
-    targets = targets_of(examples.take(positions))
-    found: dict[int, Label] = {}
-    for k, position in enumerate(positions):
-        label = _number(labels[position], targets, examples.ids[position])
-        if float(targets[k]) != label:
-            found[position] = label
-    return found
-
-
-def _number(label: Any, targets: Tensor, name: Any) -> Label:
-    value = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
-    integers = not targets.is_floating_point()
-    if value.size != 1 or value.dtype.kind not in "iuf" or not math.isfinite(value.item()):
-        raise UpweightError(
-            f"the new label of example {name!r} is {label!r}, expected one finite number -> class names must be "
-            "turned into class numbers"
-        )
-    number = value.item()
-    if integers and number != int(number):
-        raise UpweightError(
-            f"the new label of example {name!r} is {number!r}, expected a class number (the targets are "
-            f"{str(targets.dtype).removeprefix('torch.')}) -> an integer"
-        )
-    return int(number) if integers else float(number)
-
-
-def targets_of(batch: Any) -> Tensor:
-    """The targets of a batch, one number an example."""
-    targets = split_batch(batch)[2]
-    if targets.numel() != len(targets):
-        raise UpweightError(
-            f"the targets have shape {tuple(targets.shape)}, expected one number an example to relabel -> remove the "
-            "examples instead"
-        )
-    return targets.reshape(len(targets))
+    batch = examples.take(list(labels))
+    check_named(task, batch)
+    return different(labels, batch, {p: examples.ids[p] for p in labels})
 
 
 # The changed data ----------------------------------------------------------------------------------------------------
@@ -276,18 +248,8 @@ class _Changed(Source):
     def _altered(self, batch: Any, positions: np.ndarray) -> Any:
         here = [(k, self.labels[int(p)]) for k, p in enumerate(positions) if int(p) in self.labels]
         if here:
-            batch = _with_targets(batch, here)
+            batch = with_targets(batch, here)
         return batch if self.weights is None else (batch, self.weights[torch.from_numpy(positions)])
-
-
-def _with_targets(batch: Any, new: Sequence[tuple[int, Label]]) -> Any:
-    old = split_batch(batch)[2]
-    targets = old.clone()
-    for row, label in new:
-        targets[row] = label
-    if isinstance(batch, Mapping):
-        return {key: targets if value is old else value for key, value in batch.items()}
-    return [*batch[:-1], targets] if isinstance(batch, list) else (*batch[:-1], targets)
 
 
 class Weighted(Task):
