@@ -1,8 +1,11 @@
 """Values that are nearly what is asked for: taken for what they are, or refused in words."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from networks import digits, trained
 from refusals import refused
 from torch import nn
 
@@ -57,3 +60,15 @@ def test_a_hessian_is_checked_where_losses_are_not_zero():
         for train in ((x, y), (x.flip(0), y.flip(0)))
     )
     torch.testing.assert_close(scores, other.flip(1))
+
+
+def test_an_index_warns_of_queries_unlike_the_training_data(tmp_path):
+    (x, y), (qx, qy) = digits()
+    method = uw.Influence(trained("mlp"), uw.Classification(), damping=1e-3, progress=False)
+    method.fit((x, y), cache=uw.Cache(tmp_path, "index"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method.attribute((qx, qy))
+    noise = 30 * torch.randn(qx.shape, generator=torch.Generator().manual_seed(2))
+    with pytest.warns(UserWarning, match="unlike training data"):
+        method.attribute((noise, qy))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -169,7 +170,19 @@ class GradientIndex:
 
     def query(self, gradients: Gradients) -> WhitenedQueries:
         """Query gradients in the form that is multiplied with the rows of this index."""
-        return WhitenedQueries.of(_pick(whiten(self.inverse, gradients), self.coordinates))
+        whole = whiten(self.inverse, gradients)
+        told = expected_loss(
+            whole, _importance(self.inverse.curvature, self.inverse.damping), self.coordinates
+        )
+        error = float(told.square().mean().sqrt()) * float(self.facts.get("scale", 1.0))
+        most = float(str(self.manifest["index_error"]))
+        if error > 2 * most:
+            warnings.warn(
+                f"these queries are unlike training data: {error:.0%} of their scores may be what the index left out, "
+                f"expected {most:.0%} -> cache with precision='int8' or 'float32', which keep everything",
+                stacklevel=6,
+            )
+        return WhitenedQueries.of(_pick(whole, self.coordinates))
 
 
 def whiten(inverse: Inverse, gradients: Gradients) -> Tensor:
@@ -206,7 +219,22 @@ def choose_coordinates(inverse: Inverse, probe: Gradients, tolerance: float) -> 
         facts = {"share": share, "stored_as": name, "relative_error": error, "spearman": agreement}
         if error <= tolerance and agreement >= LEAST_SPEARMAN:
             break
-    return coordinates, {**facts, "probe": list(exact.shape)}
+    told = float(
+        expected_loss(query, _importance(inverse.curvature, inverse.damping), coordinates).square().mean()
+    )
+    scale = facts["relative_error"] / math.sqrt(told) if told > 0 else 1.0
+    return coordinates, {**facts, "scale": scale, "probe": list(exact.shape)}
+
+
+def expected_loss(whitened: Tensor, importance: Tensor, coordinates: Tensor) -> Tensor:
+    """Relative error of each query's scores without the coordinates that are left out [query], up to one factor.
+
+    A training gradient's whitened coordinate has the mean square ``Lambda / (Lambda + damping)``: if coordinates were
+    uncorrelated, a score would have the mean square ``sum_j v_j^2 Lambda_j / (Lambda_j + damping)``.
+    """
+    mass = whitened.square() * importance.sqrt()
+    share = _pick(mass, coordinates).sum(1) / mass.sum(1).clamp_min(torch.finfo(mass.dtype).tiny)
+    return (1 - share).clamp_min(0).sqrt()
 
 
 def _importance(curvature: Curvature, damping: Mapping[str, float]) -> Tensor:

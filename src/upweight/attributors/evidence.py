@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upweight.attributors.panel import BEYOND
 from upweight.cache import CachePass
 from upweight.curvature import Curvature, Inverse
 from upweight.curvature.l2 import describe_l2
@@ -120,7 +121,7 @@ def measure_separable_error(
     Of those queries whose scores are separable; None if all of them take exact routes (see `gather_panel`).
     """
     preconditioned = inverse @ query
-    kept = (query_errors(preconditioned, inverse, router.terms) <= tolerance).nonzero()[:, 0]
+    kept = (query_errors(preconditioned, inverse, router.terms) <= BEYOND * tolerance).nonzero()[:, 0]
     if len(kept) == 0:
         return None
     difference = norm = None

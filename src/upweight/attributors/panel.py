@@ -13,6 +13,10 @@ from upweight.gradients import Gradients, Router
 from upweight.gradients.gradients import Transposed
 from upweight.gradients.separable import query_errors
 
+BEYOND = 2.0
+"""A query is beyond the terms if its expected error is more than this many tolerances: of all queries together, the
+tolerance is the root mean square."""
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -20,7 +24,7 @@ class Panel:
 
     Attributes:
         queries: all of them.
-        exact: some of them again, in the form of the exact routes.
+        exact: some of them again, in the form of an exact route; the layers that separable terms serve.
         rows: which these are.
     """
 
@@ -30,15 +34,14 @@ class Panel:
 
     def __matmul__(self, train: Transposed) -> Tensor:
         """Inner products [query, train], summed over layers."""
-        return self._placed(self.queries @ train, self.exact @ train)
+        return torch.stack(list(self.by_layer(train).values())).sum(0)
 
     def by_layer(self, train: Transposed) -> dict[str, Tensor]:
         """Inner products [query, train] of each layer."""
-        exact = self.exact.by_layer(train)
-        return {name: self._placed(part, exact[name]) for name, part in self.queries.by_layer(train).items()}
-
-    def _placed(self, scores: Tensor, exact: Tensor) -> Tensor:
-        scores[self.rows] = exact
+        scores = self.queries.by_layer(train)
+        few = Gradients({name: train.gradients[name] for name in self.exact})
+        for name, part in self.exact.by_layer(few.T).items():
+            scores[name][self.rows] = part
         return scores
 
 
@@ -48,17 +51,22 @@ def gather_panel(
     """Preconditioned queries from several batches, `total` of them, in the form that is contracted many times."""
     exact: list[Gradients] = []
     rows: list[Tensor] = []
+    # One route, whatever the machine's rates: a run that is resumed ends with the same scores.
+    route = Router(force="stream")
 
     def prepared() -> Iterator[Gradients]:
         start = 0
         for part in parts:
             if router.terms:
-                beyond = (query_errors(part, inverse, router.terms) > tolerance).nonzero()[:, 0]
+                beyond = (query_errors(part, inverse, router.terms) > BEYOND * tolerance).nonzero()[:, 0]
                 if len(beyond):
-                    exact.append(Router().prepare(part.rows(beyond)))
+                    served = Gradients({name: part[name] for name in router.terms})
+                    exact.append(route.prepare(served.rows(beyond)))
                     rows.append(start + beyond)
             start += part.batch
             yield router.prepare(part)
 
     queries = Gradients.gather(prepared(), total).with_router(router)
-    return Panel(queries, Gradients.concatenate(exact), torch.cat(rows)) if exact else queries
+    if not exact:
+        return queries
+    return Panel(queries, Gradients.concatenate(exact).with_router(route), torch.cat(rows))
