@@ -199,9 +199,7 @@ class ExactCurvature:
 
     def _check_symmetric(self) -> None:
         """Raise if ``x . H y`` is not ``y . H x``: torch's second derivative of some operation is then wrong."""
-        positions = largest_losses(
-            self.tracker, self.data, SYMMETRY_EXAMPLES
-        )  # else H is rounding noise
+        positions = largest_losses(self.tracker, self.data, SYMMETRY_EXAMPLES)  # else H is rounding noise
         x = torch.randn(self.size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         x = x.to(self.tracker.device, self.dtype)
         batch, ids = self.data.take(positions), [self.data.ids[p] for p in positions]
