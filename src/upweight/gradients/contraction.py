@@ -252,14 +252,18 @@ def _stream(query: Tensor, train: Factored) -> Tensor:
     groups, n, positions, rows, cols = _sizes(train)
     blocks = query.reshape(len(query), groups, rows, cols)
     out = query.new_empty(len(query), n)
-    for columns in tiles(train):
+    # No gradient is formed, so that more examples fit a tile than where one is.
+    height = max(1, TILE_BYTES // (query.element_size() * groups * positions * (rows + 2 * cols)))
+    for a in range(0, n, height):
+        columns = slice(a, min(a + height, n))
         left, right = train[columns].left(), train[columns].right()
         width = columns.stop - columns.start
         step = max(1, TILE_BYTES // (query.element_size() * groups * rows * positions * width))
         for start in range(0, len(query), step):
             part = blocks[start : start + step]
             applied = torch.einsum("qgrc,gntc->qgntr", part, right)
-            out[start : start + step, columns] = torch.einsum("qgntr,gntr->qn", applied, left)
+            # Not by einsum, which makes small matrix products of it and is up to ten times as slow.
+            out[start : start + step, columns] = applied.mul_(left).sum((1, 3, 4))
     return out
 
 
