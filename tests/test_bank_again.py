@@ -224,7 +224,7 @@ def test_a_train_fn_with_keywords_takes_labels(tmp_path):
     assert plain.mean() < 0.7 < changed.mean()
 
 
-@pytest.mark.parametrize("kind", [np.int64, torch.tensor, np.array, int], ids=str)
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor, np.array, int], ids=lambda kind: kind.__name__)
 def test_labels_may_be_of_numpy_or_torch(kind, tmp_path):
     chosen = subsets.full(N) + subsets.label_changes(N, [{np.int64(3): kind(1)}])
     assert chosen.labels[1] == {3: 1} and type(chosen.labels[1][3]) is int
