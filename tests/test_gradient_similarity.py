@@ -133,7 +133,7 @@ def test_the_last_layer_is_the_one_that_is_used_last():
 def test_little_memory_gives_the_same_scores():
     truth = uw.GradDot(small(), uw.Classification()).fit(TRAIN).attribute(QUERY).values
     tight = uw.GradDot(small(), uw.Classification(), memory=3000).fit(TRAIN)
-    assert tight._source._panel_size(4) < 4 and tight._source.batch_size < 15
+    assert tight._source.panel_size(4) < 4 and tight._source.batch_size < 15
     assert relative(tight.attribute(QUERY).values, truth) < 1e-12
 
 

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from upweight.attributors.banzhaf import BanzhafInfluence
     from upweight.attributors.baselines.aum import AUM
     from upweight.attributors.baselines.bm25 import BM25
     from upweight.attributors.baselines.confident_learning import confident_learning
@@ -50,6 +51,7 @@ __version__ = version("upweight")
 _LAZY = {
     "AUM": "upweight.attributors.baselines.aum",
     "BM25": "upweight.attributors.baselines.bm25",
+    "BanzhafInfluence": "upweight.attributors.banzhaf",
     "BinaryClassification": "upweight.task",
     "Cache": "upweight.cache",
     "CacheMismatchError": "upweight.errors",
@@ -105,6 +107,7 @@ _LAZY = {
 __all__ = [
     "AUM",
     "BM25",
+    "BanzhafInfluence",
     "BinaryClassification",
     "Cache",
     "CacheMismatchError",

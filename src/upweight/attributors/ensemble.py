@@ -129,13 +129,13 @@ class Ensemble:
         for number, member in enumerate(self.members):
             folder = {} if out is None else {"out": Path(out) / f"checkpoint-{number:04d}"}
             found.append(member.attribute(query, **more, **folder))
-        sizes = [_size(s.values) if self.equal else 1.0 for s in found]
+        sizes = [root_mean_square(s.values) if self.equal else 1.0 for s in found]
         first: Scores = found[0]
         layers = {
-            name: _mean([s.layers[name] / size for s, size in zip(found, sizes, strict=True)])
+            name: mean_of([s.layers[name] / size for s, size in zip(found, sizes, strict=True)])
             for name in first.layers or ()
         }
-        values = _mean([s.values / size for s, size in zip(found, sizes, strict=True)])
+        values = mean_of([s.values / size for s, size in zip(found, sizes, strict=True)])
         info = self._info([s.info for s in found])
         unit = None if self.equal else first.unit
         return Scores(values, first.query_ids, first.train_ids, unit, info, layers or None)
@@ -156,7 +156,7 @@ class Ensemble:
         found = [member.self_influence() for member in self.members]
         first: SelfInfluence = found[0]
         info = self._info([s.info for s in found])
-        return SelfInfluence(_mean([s.values for s in found]), first.train_ids, first.unit, info)
+        return SelfInfluence(mean_of([s.values for s in found]), first.train_ids, first.unit, info)
 
     def _member(self, number: int) -> Any:
         """The method on a copy of the model that holds a checkpoint."""
@@ -181,11 +181,12 @@ class Ensemble:
         return {**last, "method": f"mean of {last['method']}", **facts}
 
 
-def _size(values: Tensor) -> Tensor:
+def root_mean_square(values: Tensor) -> Tensor:
     """Root mean square over the training examples, [..., 1]; 1 where all are zero."""
     size = values.square().mean(-1, keepdim=True).sqrt()
     return torch.where(size > 0, size, torch.ones_like(size))
 
 
-def _mean(parts: Sequence[Tensor]) -> Tensor:
+def mean_of(parts: Sequence[Tensor]) -> Tensor:
+    """Of tensors of one shape."""
     return torch.stack(list(parts)).mean(0)

@@ -72,7 +72,7 @@ class Source:
             settings: what else the tiles in that folder depend on.
         """
         names = list(self.tracker.layers) if per_layer else None
-        grid = {"panel": self._panel_size(queries.n), "step": self.batch_size}
+        grid = {"panel": self.panel_size(queries.n), "step": self.batch_size}
         manifest = scores_manifest(self.method, self.tracker, self.examples, queries, per_layer, settings)
         evidence = sample_of_scores(self.tracker, self.examples, queries, out)
 
@@ -81,7 +81,7 @@ class Source:
 
         n = self.examples.n
         with ScoreTiles(out, manifest, grid, queries.n, n, names, self.dtype, evidence) as tiles:
-            panel = lambda start, stop: self._query_gradients(queries, start, stop)  # noqa: E731
+            panel = lambda start, stop: self.query_gradients(queries, start, stop)  # noqa: E731
             fill_tiles(tiles, self.training, panel, product, self.method.progress)
             return tiles.result()
 
@@ -94,7 +94,7 @@ class Source:
                 advance(step.stop - step.start)
         return values
 
-    def _query_gradients(self, queries: Examples, start: int, stop: int) -> Gradients:
+    def query_gradients(self, queries: Examples, start: int, stop: int) -> Gradients:
         """``grad m_q`` of a panel of queries, a few at a time."""
         size = min(stop - start, batch_size_for(self.example_bytes, stop - start, self.method.memory))
         batches = (range(a, min(a + size, stop)) for a in range(start, stop, size))
@@ -108,7 +108,7 @@ class Source:
             explained_by_form(batch, self.signature, lambda: self.tracker.query(batch, ids))
         )
 
-    def _panel_size(self, queries: int) -> int:
+    def panel_size(self, queries: int) -> int:
         """Queries that are held at a time, as factors and multiplied out: their share of the memory budget."""
         numbers = sum(layer.numel for layer in self.tracker.layers.values())
         per_query = numbers * torch.finfo(self.dtype).bits // 8 + self.example_bytes
