@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _data import Data, grey_images
-from _methods import ALONG_THE_RUN, CLASSIFICATION, CORRECTED, influence, over_checkpoints, solved
+from _methods import ALONG_THE_RUN, CLASSIFICATION, CORRECTED, influence, over_checkpoints, solved, tracin
 from _suite import Setting, main
 from _training import Checkpoint, sgd
 from torch import nn
 
 import upweight as uw
-from upweight.curvature.solvers import Arnoldi
+from upweight.curvature.solvers import Arnoldi, Astra, Lissa, Nystrom
 
 TRAIN, QUERIES = 6144, 200
 RECIPE: dict[str, Any] = {"rate": 0.03, "momentum": 0.9, "decay": 1e-3, "batch": 64, "epochs": 20}
@@ -60,6 +60,10 @@ ONCE = {
     **CORRECTED,
     "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(3e-2,)),
     "GGN, Arnoldi of rank 200": solved(Arnoldi(rank=200), 3e-2),
+    "GGN, Nyström of rank 200": solved(Nystrom(rank=200), 3e-2),
+    "GGN, 100 steps of ASTRA": solved(Astra(iterations=100), 3e-2),
+    "GGN, 200 steps of LiSSA": solved(Lissa(depth=200, batch_size=256), 3e-2),
+    "TracIn, projected to 512 numbers": tracin(projection=512),
 }
 SETTING = Setting(
     "Fashion-MNIST MLP 784-512-256-128-10",
