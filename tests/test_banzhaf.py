@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import upweight as uw
-from upweight.attributors.output_space import added, curvature, gradient, removed
+from upweight.attributors.pull import added, curvature, gradient, removed
+from upweight.curvature.balanced_damping import balanced_damping
 
 N, L2 = 6, 0.3
 
@@ -222,6 +223,7 @@ def test_equal_models_have_no_unit_and_the_mean_of_their_scaled_scores():
             checkpoints=[states[k] for k in which],
             subsets=[subsets[k] for k in which],
             l2=0.01,
+            damping=0.01,
             equal=equal,
             progress=False,
         )
@@ -244,8 +246,10 @@ def test_equal_models_have_no_unit_and_the_mean_of_their_scaled_scores():
         ({"subsets": [[0, 99]]}, "subset 0: 99 not among"),
         ({"subsets": [[0, 0]]}, "subset 0: an id is given twice"),
         ({"subsets": [[]]}, "subset 0: no ids were given"),
-        ({"l2": 0.0}, "neither l2 nor damping"),
+        ({"l2": 0.0, "damping": 0.0}, "neither l2 nor damping"),
         ({"damping": -1.0}, "damping=-1.0"),
+        ({"damping": "evidence"}, "damping='evidence'"),
+        ({"subsets": [range(20)]}, "20 of 20 inside"),
         ({"memory": "1k"}, "memory is"),
         (
             {"task": uw.Task.from_functions(lambda m, b: m(b[0]).sum(1), lambda m, b: m(b[0]).sum(1))},
@@ -265,3 +269,38 @@ def test_what_cannot_be_is_refused(changes, message):
     }
     with pytest.raises(uw.UpweightError, match=message):
         uw.BanzhafInfluence(network(), options.pop("task"), progress=False, **options).fit(classified())
+
+
+@pytest.mark.parametrize("l2", [0.02, 0.2])
+def test_the_damping_found_is_the_regulariser_that_was_not_told(l2):
+    """Ridge regression: inside and outside matter alike, on average, at the l2 of the training and nowhere else."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(400, 400, generator=generator, dtype=torch.float64)
+    y = x @ torch.randn(400, 1, generator=generator).double() / 20 + torch.randn(400, 1, generator=generator)
+    half = list(range(0, 400, 2))
+    method = uw.BanzhafInfluence(
+        nn.Linear(400, 1, bias=False).double(),
+        uw.Regression(),
+        checkpoints=[{"weight": ridge(x, y, half, len(half) * l2)}],
+        subsets=[half],
+        progress=False,
+    ).fit((x, y))
+    info = method.attribute((x[:1], y[:1])).info
+    assert 0.7 < info["damping"][0] / l2 < 1.4
+    assert info["balance"][0] == pytest.approx(1, abs=0.05)
+
+
+def test_a_damping_is_searched_for_within_bounds():
+    asked = []
+
+    def ratio(damping):
+        asked.append(damping)
+        return (1e-3 / damping) ** 0.3
+
+    damping, found = balanced_damping(ratio, 1.0, 1e-9)
+    assert damping == pytest.approx(1e-3, rel=0.1)
+    assert found == ratio(damping)
+    assert len(asked) < 20
+    assert balanced_damping(lambda d: 0.5, 1.0, 1e-3) == (1e-3, 0.5)
+    with pytest.raises(uw.UpweightError, match="removals are larger"):
+        balanced_damping(lambda d: 2.0, 1.0, 1e-3)

@@ -26,6 +26,7 @@ class Explained:
     query: Data
     l2: float
     dampings: tuple[float, ...]
+    number: int = 0
     seed: int = 0
     often: list[Checkpoint] = field(default_factory=list)
 
@@ -103,6 +104,25 @@ def over_checkpoints(
         finally:
             run.model.load_state_dict(last)
         yield from totals.items()
+
+    return method
+
+
+def half_models(train: Callable[[np.ndarray, int], tuple[nn.Module, Any]]) -> Method:
+    """Banzhaf influence of a model of its own for every number, trained on half of the data.
+
+    Every two of them are of the two halves of one division. Scores are as large on every query as any other model's.
+    """
+
+    def method(run: Explained) -> Iterator[tuple[str, Any]]:
+        number, n = run.number, len(run.train[1])
+        order = np.random.default_rng(77 + number // 2).permutation(n)
+        half = np.sort(order[: n // 2] if number % 2 == 0 else order[n // 2 :])
+        model = train(half, 3000 + number)[0]
+        made = uw.BanzhafInfluence(
+            model, run.task, checkpoints=[model], subsets=[half], l2=run.l2, equal=True, progress=False
+        )
+        yield "", made.fit(run.train).attribute(run.query)
 
     return method
 

@@ -93,7 +93,7 @@ class Setting:
         found = dict(zip(epochs, kept, strict=True)) if kept else {}
         few, often = ([found[e] for e in chosen if e in found] for chosen in (self.checkpoints, self.often))
         dampings = self.dampings if number == 0 or self.few_dampings is None else self.few_dampings
-        return Explained(model, few, self.task, train, query, self.l2, dampings, seed, often)
+        return Explained(model, few, self.task, train, query, self.l2, dampings, number, seed, often)
 
 
 # Scores ------------------------------------------------------------------------------------------------------------

@@ -13,14 +13,13 @@ Data: scikit-learn's digits, divided by 16, 1437 to train on and 360 queries, sp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _methods import CLASSIFICATION, Data, Explained, influence, over_checkpoints
-from _suite import FIRST_SEED, Setting, main
+from _methods import CLASSIFICATION, Data, half_models, influence, over_checkpoints
+from _suite import Setting, main
 from _training import Checkpoint
 from sklearn.datasets import load_digits
 from torch import nn
@@ -69,25 +68,13 @@ def train_fn(indices: np.ndarray, seed: int) -> nn.Module:
     return train(indices, seed)[0]
 
 
-def half_model(run: Explained) -> Iterator[tuple[str, Any]]:
-    """Banzhaf influence of one model that was trained on half of the data, as large on every query as any other's."""
-    number, n = run.seed - FIRST_SEED, len(run.train[1])
-    order = np.random.default_rng(77 + number // 2).permutation(n)
-    half = np.sort(order[: n // 2] if number % 2 == 0 else order[n // 2 :])
-    model = train(half, 3000 + number)[0]
-    method = uw.BanzhafInfluence(
-        model, run.task, checkpoints=[model], subsets=[half], l2=L2, equal=True, progress=False
-    )
-    yield "", method.fit(run.train).attribute(run.query)
-
-
 # TracIn is left out: the steps of Adam are not gradients.
 METHODS = {name: method for name, method in CLASSIFICATION.items() if not name.startswith("TracIn")} | {
     "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(1e-3, 3e-3)),
     "GGN, exact, mean over checkpoints": over_checkpoints("ggn", (), solver="cg", l2=True),
     "GGN, exact, ten checkpoints, equal weights": over_checkpoints("ggn", (), True, solver="cg", l2=True),
     "EK-FAC, ten checkpoints, equal weights": over_checkpoints("ekfac", equal=True),
-    "Banzhaf influence, half of the data a model": half_model,
+    "Banzhaf influence, half of the data a model": half_models(train),
 }
 SETTING = Setting(
     "Digits MLP 64-256-128-10",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from _data import Data, loader
-from _methods import REGRESSION
+from _methods import REGRESSION, half_models
 from _suite import Setting, main
 from _training import Checkpoint, sgd
 from torch import Tensor, nn
@@ -102,7 +102,8 @@ def setting(table: Table, train_fn: Any) -> Setting:
         functools.partial(network, table.inputs),
         functools.partial(train, table),
         train_fn,
-        REGRESSION,
+        REGRESSION
+        | {"Banzhaf influence, half of the data a model": half_models(functools.partial(train, table))},
         {"recipe": "sgd", **recipe, "data": f"{table.name}, standardised, split 0", "network": "128 x 3"},
         l2=recipe["decay"],
         dampings=(1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),

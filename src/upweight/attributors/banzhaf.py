@@ -49,10 +49,11 @@ class BanzhafInfluence(Attributor):
             without arguments that return a state dict.
         subsets: for each of them, the ids of the examples it was trained on.
         l2: the coefficient of ``(1/m) sum_i l_i + (l2/2) |theta|^2`` that they were trained with.
-        damping: added to it; None for as much again as `l2`, which then must be above 0.
+        damping: added to it; ``"auto"`` finds, for each model, the one at which examples inside and outside its subset
+            matter alike (see `upweight.curvature.balanced_damping`).
         equal: let all models count alike for a query, whatever the size of its scores there: each one's are divided by
             their root mean square over the training examples. Better for ranking: one model that is far off on a query
-            would otherwise decide (digits: LDS .779 against .747, see docs/methods/banzhaf.md).
+            would otherwise decide (see docs/methods/banzhaf.md).
         parameters: which parameters to track, as in `Influence`.
         memory: bytes to stay within (an int, or ``"2GB"``); ``"auto"`` is half of what is free.
         batch_size: examples per forward pass; chosen from the memory budget if None. Scores do not depend on it.
@@ -60,7 +61,8 @@ class BanzhafInfluence(Attributor):
         progress: show progress bars (in a terminal only).
 
     Cost: for every model one backward pass an output over the data, twice, and the Cholesky factor of a matrix with a
-    row for every output of its subset (718 examples of ten outputs: half a minute); queries cost one such pass each.
+    row for every output of its subset (718 examples of ten outputs: half a minute, and as much again to find the
+    damping); queries cost one such pass each.
     Memory grows with the square of the subset's outputs. Parameters cost little.
 
     Fails when: a model is not near a minimum of its objective; its outputs are many (language models).
@@ -100,7 +102,7 @@ class BanzhafInfluence(Attributor):
         checkpoints: Sequence[Checkpoint],
         subsets: Sequence[Any],
         l2: float = 0.0,
-        damping: float | None = None,
+        damping: float | str = "auto",
         equal: bool = False,
         parameters: ParameterFilter = None,
         memory: int | str = "auto",
@@ -116,15 +118,16 @@ class BanzhafInfluence(Attributor):
             )
         if task.mask is not None:
             raise UpweightError("a task with a mask has no fixed number of outputs an example -> Ensemble")
-        damping = l2 if damping is None else damping
-        for name, value in (("l2", l2), ("damping", damping)):
+        number = 0.0 if damping == "auto" else damping
+        for name, value in (("l2", l2), ("damping", number)):
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise UpweightError(f"{name}={value!r}, expected a finite number, 0 or above -> {name}=1e-3")
-        if l2 + damping <= 0:
+        if damping != "auto" and l2 + float(number) <= 0:
             raise UpweightError(
-                "neither l2 nor damping is above 0, expected a curvature that can be inverted -> damping=1e-3"
+                "neither l2 nor damping is above 0, expected a curvature that can be inverted -> damping='auto'"
             )
-        self.l2, self.damping, self.equal = float(l2), float(damping), equal
+        self.l2, self.equal = float(l2), equal
+        self.damping = None if damping == "auto" else float(number)
         self.checkpoints, self.subsets = as_checkpoints(checkpoints), list(subsets)
         if len(self.subsets) != len(self.checkpoints):
             raise UpweightError(
@@ -152,12 +155,11 @@ class BanzhafInfluence(Attributor):
         examples = Examples(train, ids)
         inside = [self._inside(number, subset, examples) for number, subset in enumerate(self.subsets)]
         self._members = []
-        shift = self.l2 + self.damping
         with progress_bar("models of subsets", len(inside), self.progress) as advance:
             for number, members in enumerate(inside):
                 model = copy.deepcopy(self.model)
                 load_checkpoint(model, read_checkpoint(self.checkpoints[number], number), number)
-                self._members.append(OutputSpace(self, model, examples, members, shift))
+                self._members.append(OutputSpace(self, model, examples, members, self.l2, self.damping))
                 advance(1)
         self._remember(examples)
         self._seconds = round(time.perf_counter() - started, 3)
@@ -196,7 +198,8 @@ class BanzhafInfluence(Attributor):
             "subset_sizes": [member.size for member in self._members],
             "equal": self.equal,
             "l2": self.l2,
-            "damping": self.damping,
+            "damping": [member.damping for member in self._members],
+            "balance": [member.balance for member in self._members],
             "queries": queries.fingerprint(),
             "fit_seconds": self._seconds,
             "attribute_seconds": round(time.perf_counter() - started, 3),

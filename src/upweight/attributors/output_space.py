@@ -4,11 +4,9 @@
     H = (1/m) sum_{j in subset} J_j^T S_j J_j + c I                          c: l2 and damping, m: size of the subset
     K_ij = J_i H^-1 J_j^T / m [C, C]: what a pull at the outputs of j does to those of i
 
-    removed:   theta_-i - theta = H^-1 J_i^T z_i / m     z_i = (I - S_i K_ii)^-1 r_i
-    added:     theta - theta_+i = H^-1 J_i^T z_i / m     z_i = r_i(f_i - K_ii z_i)
+    removed:   theta_-i - theta = H^-1 J_i^T z_i / m
+    added:     theta - theta_+i = H^-1 J_i^T z_i / m     z_i: the example's pull, see `upweight.attributors.pull`
 
-Both are exact where the model is linear in its parameters and the others' losses are quadratic: an example that is
-removed takes its own curvature with it, one that is added is fitted until its loss resists (`added` solves for that).
 All of it happens in the space of the outputs: with A = [R_j^T J_j] [M, p],
 ``H^-1 = (I - A^T (A A^T + m c I)^-1 A) / c``, so that only products of gradients are needed, and the matrix to factor
 has a row for every output of the subset.
@@ -24,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upweight._ids import Id
 from upweight.attributors.base import Attributor
+from upweight.attributors.pull import added, curvature, gradient, removed
 from upweight.attributors.streaming import Source
+from upweight.curvature.balanced_damping import balanced_damping
 from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.gradients import Gradients
@@ -35,85 +34,10 @@ from upweight.task import OutputTask
 
 TILE_ROWS = 2048
 """Outputs whose products with the subset's are held at a time."""
-MOST_STEPS, HALVINGS = 100, 30
-ACCURACY = 1e-10
-"""Of the outputs of an added example, relative to their size."""
-
-
-def jacobian_of(task: OutputTask) -> OutputTask:
-    """The task, whose "Fisher columns" are the outputs themselves: one gradient an output."""
-    made = copy.copy(task)
-
-    def eye(outputs: Tensor) -> Tensor:
-        flat = outputs.reshape(len(outputs), -1)
-        return torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device).expand(len(flat), -1, -1)
-
-    made.hessian_root = eye  # on the instance, it hides the class's
-    return made
-
-
-def removed(slope: Tensor, hessian: Tensor, own: Tensor) -> Tensor:
-    """``z = (I - S K)^-1 r`` [batch, C], of r [batch, C], S and K [batch, C, C]."""
-    eye = torch.eye(slope.shape[1], dtype=slope.dtype, device=slope.device)
-    return torch.linalg.solve(eye - hessian @ own, slope)
-
-
-def added(task: OutputTask, outputs: Tensor, targets: Tensor, own: Tensor, ids: Sequence[Id]) -> Tensor:
-    """``z = r(f - K z)`` [batch, C]: the loss's gradient where its pull on the outputs and theirs on it agree.
-
-    Newton's method on ``g - f + K r(g) = 0``, with steps halved until they help.
-
-    Args:
-        task: whose loss it is.
-        outputs: f [batch, ...] without the example.
-        targets: its targets.
-        own: K [batch, C, C].
-        ids: names of the examples, for an error.
-    """
-    shape = outputs.shape
-    start = outputs.reshape(len(outputs), -1)
-    now = start.clone()
-    eye = torch.eye(start.shape[1], dtype=start.dtype, device=start.device)
-
-    def off(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        slope = gradient(task, g.view(shape), targets)
-        difference = g - start + (own @ slope[..., None])[..., 0]
-        return slope, difference, difference.norm(dim=1)
-
-    slope, difference, size = off(now)
-    enough = ACCURACY * (1 + start.norm(dim=1) + own.flatten(1).norm(dim=1))
-    for _ in range(MOST_STEPS):
-        if bool((size <= enough).all()):
-            return slope
-        step = torch.linalg.solve(eye + own @ curvature(task, now.view(shape)), difference)
-        scale = torch.ones_like(size)
-        found = off(now - step)
-        for _ in range(HALVINGS):
-            worse = (found[2] > size) & (size > enough)
-            if not bool(worse.any()):
-                break
-            scale = torch.where(worse, scale / 2, scale)
-            found = off(now - scale[:, None] * step)
-        now, (slope, difference, size) = now - scale[:, None] * step, found
-    worst = int((size / enough).argmax())
-    raise UpweightError(
-        f"what adding example {ids[worst]} does to its own outputs was not found in {MOST_STEPS} steps -> a larger "
-        "damping, or a look at its input and target"
-    )
-
-
-def gradient(task: OutputTask, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss's gradient in the outputs, [batch, C]."""
-    with torch.enable_grad():
-        leaf = outputs.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(task.loss(leaf, targets).sum(), leaf)
-    return slope.reshape(len(slope), -1)
-
-
-def curvature(task: OutputTask, outputs: Tensor) -> Tensor:
-    """The loss's Hessian in the outputs, [batch, C, C]."""
-    root = task.hessian_root(outputs)
-    return root @ root.mT
+INSIDE, OUTSIDE, QUERIES = 200, 200, 64
+"""Examples that a damping is judged by: removed, added, and asked about."""
+START, LEAST = 1e-2, 1e-8
+"""Where the search for a damping begins and ends, relative to the mean curvature of the subset's outputs."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +56,25 @@ class OutputSpace:
         model: trained on the subset.
         examples: all training data.
         inside: [n], whether an example is in the subset.
-        shift: c above 0, the training's l2 and the damping.
+        l2: the training's.
+        damping: added to it; None for the one at which examples inside and outside matter alike.
+
+    Attributes:
+        size: m, examples of the subset.
+        damping: the one that was used.
+        balance: of a damping that was found: the ratio of removals to additions there.
     """
 
     def __init__(
-        self, method: Attributor, model: torch.nn.Module, examples: Examples, inside: Tensor, shift: float
+        self,
+        method: Attributor,
+        model: torch.nn.Module,
+        examples: Examples,
+        inside: Tensor,
+        l2: float,
+        damping: float | None,
     ) -> None:
-        self.examples, self.inside, self.shift = examples, inside, shift
+        self.examples, self.inside, self.l2 = examples, inside, l2
         assert isinstance(method.task, OutputTask)
         self.task = method.task
         self.source = Source(_with_task(method, jacobian_of(method.task)), model, examples, keep=0)
@@ -150,7 +86,16 @@ class OutputSpace:
         size = min(self.source.batch_size, max(1, TILE_ROWS // self.width))
         columns = FisherPass(self.tracker, examples, size, "exact", 1, 0)
         self.jacobian: Pass[Gradients] = Kept(_Rows(columns), method.memory / 4, lambda g: g.nbytes)
-        self._response = self._fit()
+        self._root = self.task.hessian_root(self.outputs[inside])  # R [m, C, columns]
+        subset = Gradients.concatenate([rows for _, rows in self._subset()])
+        gram = self._gram(subset)
+        self.damping, self.balance = (damping, None) if damping is not None else self._balanced(gram, subset)
+        self._response = self._respond(gram, subset)
+
+    @property
+    def shift(self) -> float:
+        """``c = l2 + damping``."""
+        return self.l2 + self.damping
 
     def scores(self, queries: Gradients) -> Tensor:
         """The change of the queries' measurements without each example minus with it, [query, n] in float64."""
@@ -168,44 +113,100 @@ class OutputSpace:
             place += mine.shape[1]
         return (direct - subset.flatten(1) @ through) / (self.size * self.shift)
 
-    def _fit(self) -> _Response:
-        inside = self.inside
-        root = self.task.hessian_root(self.outputs[inside])  # R [m, C, columns]
-        subset = Gradients.concatenate([rows for _, rows in self._subset()])
-        weigh = lambda products: torch.einsum("kjc,jcd->kjd", products, root).flatten(1)  # noqa: E731 - (G R) [k, M]
-        gram = torch.empty(root.shape[0] * root.shape[2], root.shape[0] * root.shape[2], dtype=torch.float64)
-        for place, rows in self._subset():  # A A^T, a few rows R^T J J^T R after the other
-            half = weigh(self._products(rows, subset)).unflatten(0, (-1, self.width))
-            mine = root[place : place + len(half)]
-            full = torch.einsum("icd,ick->idk", mine, half).flatten(0, 1)
-            gram[place * root.shape[2] : place * root.shape[2] + len(full)] = full
-        gram.diagonal().add_(self.size * self.shift)
-        factor = torch.linalg.cholesky(gram)  # LAPACK reads one triangle: rounding need not be symmetric
-        del gram
-        scale = 1 / (self.size * self.shift)
+    def _gram(self, subset: Gradients) -> Tensor:
+        """``A A^T`` [M, M], a few rows ``R^T J J^T R`` after the other."""
+        columns = self._root.shape[2]
+        gram = torch.empty(self.size * columns, self.size * columns, dtype=torch.float64)
+        for place, rows in self._subset():
+            half = self._weighed(rows, subset).unflatten(0, (-1, self.width))
+            full = torch.einsum("icd,ick->idk", self._root[place : place + len(half)], half).flatten(0, 1)
+            gram[place * columns : place * columns + len(full)] = full
+        return gram
+
+    def _factor(self, gram: Tensor, shift: float) -> Tensor:
+        """L, lower triangular, with ``L L^T = A A^T + m c I``."""
+        shifted = gram.clone()
+        shifted.diagonal().add_(self.size * shift)
+        return torch.linalg.cholesky(shifted)  # reads one triangle: rounding need not be symmetric
+
+    def _respond(self, gram: Tensor, subset: Gradients) -> _Response:
+        factor = self._factor(gram, self.shift)
         pull = torch.empty(self.examples.n, self.width, dtype=torch.float64)
         through = torch.empty(len(factor), self.examples.n, dtype=torch.float64)
         for step in self.jacobian:
             rows, here = step.load(), slice(step.start, step.stop)
-            solved = torch.linalg.solve_triangular(factor, weigh(self._products(rows, subset)).T, upper=False)
-            solved = solved.unflatten(1, (-1, self.width))  # B_i [M, batch, C]
-            own = scale * (self._own(rows) - torch.einsum("kia,kib->iab", solved, solved))
-            pull[here] = self._pull(here, own)
+            solved = self._solved(factor, self._weighed(rows, subset))
+            pull[here] = self._pull(torch.arange(step.start, step.stop), self._own(rows), solved, self.shift)
             through[:, here] = torch.einsum("kic,ic->ki", solved, pull[here])
         through = torch.linalg.solve_triangular(factor.mT, through, upper=True)
-        through = torch.einsum("jcd,jdi->jci", root, through.unflatten(0, (-1, root.shape[2]))).flatten(0, 1)
-        return _Response(pull, through)
+        through = through.unflatten(0, (-1, self._root.shape[2]))
+        return _Response(pull, torch.einsum("jcd,jdi->jci", self._root, through).flatten(0, 1))
 
-    def _pull(self, here: slice, own: Tensor) -> Tensor:
-        """Z [batch, C]."""
-        outputs, targets, inside = self.outputs[here], self.targets[here], self.inside[here]
-        slope = gradient(self.task, outputs, targets)
-        out = torch.empty_like(slope)
-        out[inside] = removed(slope[inside], curvature(self.task, outputs[inside]), own[inside])
+    def _balanced(self, gram: Tensor, subset: Gradients) -> tuple[float, float]:
+        """The damping at which a sample of removals and one of additions change other examples alike."""
+        generator = torch.Generator().manual_seed(0)
+        mixed = lambda where: (p := where.nonzero()[:, 0])[torch.randperm(len(p), generator=generator)]  # noqa: E731
+        removals, others = mixed(self.inside)[:INSIDE], mixed(~self.inside)
+        asked = others[
+            : min(QUERIES, len(others) // 2)
+        ]  # the model has not seen them, as it has not seen queries
+        additions = others[len(asked) : len(asked) + OUTSIDE]
+        if len(removals) < 2 or len(asked) < 1:
+            raise UpweightError(
+                "the damping is found by comparing examples inside a subset with those outside, and here are "
+                f"{self.size} of {self.examples.n} inside -> smaller subsets, or damping="
+            )
+        changed = torch.cat([removals, additions])
+        rows, questions = self._at(changed), self._at(asked)
+        slope = gradient(self.task, self.outputs[asked], self.targets[asked])
+        asks = lambda products: torch.einsum("qck,qc->qk", products.unflatten(0, (-1, self.width)), slope)  # noqa: E731
+        direct = asks(self._products(questions, rows).flatten(1)).unflatten(1, (-1, self.width))
+        from_questions, from_rows = asks(self._weighed(questions, subset)), self._weighed(rows, subset)
+        own = self._own(rows)
+
+        def ratio(damping: float) -> float:
+            shift = self.l2 + damping
+            factor = self._factor(gram, shift)
+            solved = self._solved(factor, from_rows)
+            pull = self._pull(changed, own, solved, shift)
+            asking = torch.linalg.solve_triangular(factor, from_questions.T, upper=False)
+            through = torch.einsum("kic,ic->ki", solved, pull)
+            effects = (torch.einsum("qic,ic->qi", direct, pull) - asking.T @ through).abs()
+            return float(effects[:, : len(removals)].mean() / effects[:, len(removals) :].mean())
+
+        scale = float(gram.diagonal().mean()) / self.size
+        return balanced_damping(ratio, START * scale, LEAST * scale)
+
+    def _pull(self, positions: Tensor, own: Tensor, solved: Tensor, shift: float) -> Tensor:
+        """``z`` [k, C] of these examples, of ``J_i J_i^T`` [k, C, C] and ``L^-1 A J_i^T`` [M, k, C]."""
+        kernel = (own - torch.einsum("kia,kib->iab", solved, solved)) / (self.size * shift)  # K_ii
+        outputs, targets, inside = self.outputs[positions], self.targets[positions], self.inside[positions]
+        out = gradient(self.task, outputs, targets)
+        if bool(inside.any()):
+            out[inside] = removed(out[inside], curvature(self.task, outputs[inside]), kernel[inside])
         if not bool(inside.all()):
-            ids = [self.examples.ids[here.start + k] for k in (~inside).nonzero()[:, 0].tolist()]
-            out[~inside] = added(self.task, outputs[~inside], targets[~inside], own[~inside], ids)
+            ids = [self.examples.ids[p] for p in positions[~inside].tolist()]
+            out[~inside] = added(self.task, outputs[~inside], targets[~inside], kernel[~inside], ids)
         return out
+
+    def _solved(self, factor: Tensor, weighed: Tensor) -> Tensor:
+        """``L^-1 A J_i^T`` [M, k, C], of ``J_i A^T`` [k C, M]."""
+        return torch.linalg.solve_triangular(factor, weighed.T, upper=False).unflatten(1, (-1, self.width))
+
+    def _at(self, positions: Tensor) -> Gradients:
+        """Jacobians of these examples, in their order."""
+        found, places = [], []
+        for step in self.jacobian:
+            loaded = step.load()
+            here = ((positions >= step.start) & (positions < step.stop)).nonzero()[:, 0]
+            if len(here):
+                first = (positions[here, None] - step.start) * self.width
+                found.append(
+                    loaded.rows((first + torch.arange(self.width)).flatten().to(self.tracker.device))
+                )
+                places.append(here)
+        back = torch.cat(places).argsort()[:, None] * self.width + torch.arange(self.width)
+        return Gradients.concatenate(found).rows(back.flatten().to(self.tracker.device))
 
     def _subset(self) -> Iterator[tuple[int, Gradients]]:
         """(its first place in the subset, Jacobian) of the subset's examples, a step after the other."""
@@ -216,6 +217,10 @@ class OutputSpace:
                 picked = mine[:, None].expand(-1, self.width).flatten().nonzero()[:, 0]
                 yield place, loaded.rows(picked.to(self.tracker.device))
                 place += int(mine.sum())
+
+    def _weighed(self, rows: Gradients, subset: Gradients) -> Tensor:
+        """``J_i A^T`` [k C, M]."""
+        return torch.einsum("kjc,jcd->kjd", self._products(rows, subset), self._root).flatten(1)
 
     def _products(self, rows: Gradients, subset: Gradients) -> Tensor:
         """``J_i J_j^T`` as [rows, j, C], float64."""
@@ -272,4 +277,16 @@ def _with_task(method: Attributor, task: OutputTask) -> Any:
     """The method with another task."""
     made = copy.copy(method)
     made.task = task
+    return made
+
+
+def jacobian_of(task: OutputTask) -> OutputTask:
+    """The task, whose "Fisher columns" are the outputs themselves: one gradient an output."""
+    made = copy.copy(task)
+
+    def eye(outputs: Tensor) -> Tensor:
+        flat = outputs.reshape(len(outputs), -1)
+        return torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device).expand(len(flat), -1, -1)
+
+    made.hessian_root = eye  # on the instance, it hides the class's
     return made

@@ -8,8 +8,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from upweight.budget import BATCH_BYTES
 from upweight.gradients import Dense, Gradients
-from upweight.gradients.contraction import tiles
+from upweight.gradients.contraction import TILE_BYTES, tiles
 
 CHUNK = 1 << 22
 """Signs that are drawn at a time."""
@@ -31,6 +32,8 @@ class Projection:
     def __init__(self, dimension: int, seed: int | str, memory: float) -> None:
         self.dimension, self.seed, self.memory = dimension, seed, memory
         self.rows = max(1, CHUNK // dimension)
+        # The whole matrix is read, and turned from signs to numbers, once a tile: few examples would pay it alone.
+        self.formed = int(max(TILE_BYTES, min(BATCH_BYTES, memory)))
         self._kept: dict[tuple[int, int, int], Tensor] = {}
         self._used = 0
 
@@ -38,7 +41,7 @@ class Projection:
         """Projected gradients, as one layer named ``projection``."""
         total: Tensor | None = None
         for number, block in enumerate(gradients.values()):
-            parts = [self._project(number, block[rows].dense()) for rows in tiles(block)]
+            parts = [self._project(number, block[rows].dense()) for rows in tiles(block, self.formed)]
             projected = torch.cat(parts)
             total = projected if total is None else total + projected
         assert total is not None  # there is at least one layer
@@ -49,13 +52,15 @@ class Projection:
         total = gradients.new_zeros(len(gradients), self.dimension)
         for start in range(0, width, self.rows):
             stop = min(start + self.rows, width)
-            total += gradients[:, start:stop] @ self.matrix(layer, start, stop, gradients.dtype).to(
-                gradients.device
-            )
-        return total
+            signs = self._drawn(layer, start, stop).to(gradients.device, gradients.dtype)
+            total += gradients[:, start:stop] @ signs
+        return total / sqrt(self.dimension)
 
     def matrix(self, layer: int, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Rows `start` to `stop` of a layer's part of P, [rows, dimension]."""
+        return self._drawn(layer, start, stop).to(dtype).div_(sqrt(self.dimension))
+
+    def _drawn(self, layer: int, start: int, stop: int) -> Tensor:
         key = (layer, start, stop)
         signs = self._kept.get(key)
         if signs is None:
@@ -63,7 +68,7 @@ class Projection:
             if self._used + signs.nbytes <= self.memory:
                 self._kept[key] = signs
                 self._used += signs.nbytes
-        return signs.to(dtype).div_(sqrt(self.dimension))
+        return signs
 
     def _signs(self, layer: int, start: int, stop: int) -> Tensor:
         digest = hashlib.blake2b(f"{self.seed}/{layer}/{start}".encode(), digest_size=8).digest()
