@@ -156,7 +156,7 @@ def test_the_identity_in_place_of_a_projection_changes_nothing(monkeypatch):
     rows = {0: (0, 30), 1: (30, 51)}  # two layers of 30 and 21 parameters, side by side
     eye = torch.eye(51, dtype=torch.float64)
     monkeypatch.setattr(
-        Projection, "matrix", lambda self, layer, a, b, dtype: eye[rows[layer][0] + a : rows[layer][0] + b]
+        Projection, "signs", lambda self, layer, a, b: 51**0.5 * eye[rows[layer][0] + a : rows[layer][0] + b]
     )
     scores = tracin(states(), projection=51).fit(TRAIN).attribute(QUERY)
     assert relative(scores.values, tracin(states()).fit(TRAIN).attribute(QUERY).values) < 1e-10
@@ -169,10 +169,10 @@ def test_a_projection_depends_on_its_seed_alone(monkeypatch):
         tracin(states(), projection=8, seed=1, batch_size=2, memory=20_000).fit(TRAIN).attribute(QUERY).values
     )
     assert relative(little, one) < 1e-12
-    whole = Projection(4, 3, 1e9).matrix(0, 0, 40)
-    assert torch.equal(Projection(4, 3, 0).matrix(0, 0, 40), whole)
-    assert set(whole.unique().tolist()) == {-0.5, 0.5}
-    assert not torch.equal(Projection(4, 3, 0).matrix(1, 0, 40), whole)
+    whole = Projection(4, 3, 1e9).signs(0, 0, 40)
+    assert torch.equal(Projection(4, 3, 0).signs(0, 0, 40), whole)
+    assert set(whole.unique().tolist()) == {-1, 1}
+    assert not torch.equal(Projection(4, 3, 0).signs(1, 0, 40), whole)
 
 
 def test_projected_gradients_are_kept_for_the_next_query():

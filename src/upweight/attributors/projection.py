@@ -52,25 +52,22 @@ class Projection:
         total = gradients.new_zeros(len(gradients), self.dimension)
         for start in range(0, width, self.rows):
             stop = min(start + self.rows, width)
-            signs = self._drawn(layer, start, stop).to(gradients.device, gradients.dtype)
+            signs = self.signs(layer, start, stop).to(gradients.device, gradients.dtype)
             total += gradients[:, start:stop] @ signs
         return total / sqrt(self.dimension)
 
-    def matrix(self, layer: int, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Rows `start` to `stop` of a layer's part of P, [rows, dimension]."""
-        return self._drawn(layer, start, stop).to(dtype).div_(sqrt(self.dimension))
-
-    def _drawn(self, layer: int, start: int, stop: int) -> Tensor:
+    def signs(self, layer: int, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a layer's part of P, times ``sqrt(dimension)``: [rows, dimension] in int8."""
         key = (layer, start, stop)
         signs = self._kept.get(key)
         if signs is None:
-            signs = self._signs(layer, start, stop)
+            signs = self._drawn(layer, start, stop)
             if self._used + signs.nbytes <= self.memory:
                 self._kept[key] = signs
                 self._used += signs.nbytes
         return signs
 
-    def _signs(self, layer: int, start: int, stop: int) -> Tensor:
+    def _drawn(self, layer: int, start: int, stop: int) -> Tensor:
         digest = hashlib.blake2b(f"{self.seed}/{layer}/{start}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         shape = stop - start, self.dimension
