@@ -149,6 +149,36 @@ def test_indexed_rows_give_the_products_of_what_they_hold(
     assert float((found - exact).norm() / exact.norm()) < (0.02 if precision == "int8" else 0.01)
 
 
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_rows_that_are_kept_unpacked_are_the_same(precision):
+    whitened = torch.randn(7, 2 * BLOCK) * torch.rand(7, 1).exp() * 100
+    held = IndexedRows.rounded(whitened, whitened.square().sum(1), precision)
+    query = WhitenedQueries.of(torch.randn(5, 2 * BLOCK))
+    unpacked = held.unpacked(torch.float32)
+    torch.testing.assert_close(query @ unpacked.T, query @ held, rtol=1e-5, atol=1e-3)
+    assert torch.equal(unpacked.self_influence, held.self_influence)
+
+
+def test_an_index_is_read_once_and_kept_as_far_as_memory_goes(tmp_path, monkeypatch):
+    train, query = digits()
+    method = influence(batch_size=16).fit(train, cache=uw.Cache(tmp_path, "index"))
+    index, reads = method._fitted.index, []
+    read = type(index.store).read
+    monkeypatch.setattr(
+        type(index.store), "read", lambda store, key: (reads.append(key), read(store, key))[1]
+    )
+    first = method.attribute(query).values
+    assert len(reads) == len(list(index))
+    again = method.attribute(query).values
+    assert torch.equal(again, first)
+    assert len(reads) == len(list(index))
+    index.memory, index._used = 0, 0
+    index._kept.clear()
+    scarce = method.attribute(query).values
+    assert len(reads) == 2 * len(list(index))
+    assert float((scarce - first).norm() / first.norm()) < 1e-5
+
+
 def test_the_index_keeps_the_ranks_and_says_what_it_leaves_out(tmp_path):
     train, query = digits()
     truth = influence().fit(train).attribute(query)

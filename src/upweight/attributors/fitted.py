@@ -267,8 +267,9 @@ def _build_index(
     probe = tracker.train(examples.take(positions), [examples.ids[p] for p in positions])
     with progress_bar("index", examples.n, method.progress) as advance:
         training = ModelPass(tracker, examples, rows)
+        keep = method.memory * KEEP_SHARE
         return GradientIndex.build(
-            cache.folder, manifest, inverse, training, probe, cache.index_error, advance
+            cache.folder, manifest, inverse, training, probe, cache.index_error, advance, keep
         )
 
 

@@ -209,11 +209,10 @@ class Influence(TrainingSetChanges):
         fitted = self._ready()
         started = time.perf_counter()
         queries = functional_queries(query, ids) or Examples(query, ids)
-        n = fitted.examples.n
+        n, names = fitted.examples.n, list(fitted.tracker.layers) if per_layer else None
         router, inverse = self._router(), fitted.curvature.inverse(self.damping)
         training: Any = self._index(per_layer) or fitted.training
         correction = Correction(self, fitted, inverse)
-        names = list(fitted.tracker.layers) if per_layer else None
         grid = {"panel": self._panel_size(queries.n), "step": fitted.step}
         manifest = scores_manifest(
             self, fitted.tracker, fitted.examples, queries, per_layer, self._settings(fitted)
@@ -243,9 +242,8 @@ class Influence(TrainingSetChanges):
             **solve_evidence(inverse),
             "attribute_seconds": round(time.perf_counter() - started, 3),
         }
-        unit = self.task.unit
-        if isinstance(queries, FunctionalQueries):
-            unit, info["higher_is_better"] = queries.unit, queries.higher_is_better
+        asked = queries if isinstance(queries, FunctionalQueries) else self.task
+        unit, info["higher_is_better"] = asked.unit, asked.higher_is_better
         return Scores(values, queries.ids, fitted.examples.ids, self._unit(unit), info, layers)
 
     @without_autocast()
@@ -282,7 +280,7 @@ class Influence(TrainingSetChanges):
         """The routes of this damping: found once, from the fit alone."""
         key = repr(self.damping)
         if key not in self._routers:
-            fitted = self._ready()
+            fitted = self._learned()
             terms = {}
             if fitted.sample is not None and self.correction != "rescaled":  # which leaves out of the filter
                 inverse: Any = fitted.curvature.inverse(self.damping)  # Kronecker, or there is no sample
@@ -299,7 +297,7 @@ class Influence(TrainingSetChanges):
         router: Router,
     ) -> Any:
         """``(H + damping I)^-1 grad m_q`` for a panel of queries, in the form that the training gradients ask for."""
-        fitted = self._ready()
+        fitted = self._learned()
         each = fitted.example_bytes + self._query_bytes()
         size = min(stop - start, batch_size_for(each, stop - start, self.memory))
         batches = [range(a, min(a + size, stop)) for a in range(start, stop, size)]
@@ -314,7 +312,7 @@ class Influence(TrainingSetChanges):
 
     def _index(self, per_layer: bool = False) -> GradientIndex | None:
         """The index, if the fit made one and it can answer this."""
-        fitted = self._ready()
+        fitted = self._learned()
         if fitted.index is None:
             return None
         check_index_use(self.curvature, per_layer)
@@ -326,11 +324,10 @@ class Influence(TrainingSetChanges):
         return fitted.index
 
     def _query_gradients(self, queries: Examples | FunctionalQueries, positions: Sequence[int]) -> Gradients:
-        fitted = self._ready()
+        fitted = self._learned()
         if isinstance(queries, FunctionalQueries):
             return functional_gradients(fitted.tracker, [queries.functionals[p] for p in positions])
-        batch = queries.take(positions)
-        ids = [queries.ids[p] for p in positions]
+        batch, ids = queries.take(positions), [queries.ids[p] for p in positions]
         return explained_by_form(batch, fitted.signature, lambda: fitted.tracker.query(batch, ids))
 
     def _panel_size(self, queries: int) -> int:
@@ -339,7 +336,7 @@ class Influence(TrainingSetChanges):
         Every panel costs a pass. Where the training gradients do not fit into memory, the part of them that is kept is
         given up for larger panels if that leaves fewer passes to compute.
         """
-        fitted = self._ready()
+        fitted = self._learned()
         panel, larger = (
             max(1, min(queries, int(self.memory * share / self._query_bytes())))
             for share in (PANEL_SHARE, PANEL_SHARE + KEEP_SHARE)
@@ -356,14 +353,13 @@ class Influence(TrainingSetChanges):
 
     def _query_bytes(self) -> int:
         """Bytes of one preconditioned query."""
-        fitted = self._ready()
-        numbers = sum(layer.numel for layer in fitted.tracker.layers.values())
-        return numbers * torch.finfo(fitted.dtype).bits // 8
+        tracker = self._learned().tracker
+        return sum(layer.numel for layer in tracker.layers.values()) * tracker.dtype.itemsize
 
     def _separable_error(
         self, queries: Examples | FunctionalQueries, inverse: Any, router: Router
     ) -> float | None:
-        fitted = self._ready()
+        fitted = self._learned()
         if not router.terms or fitted.sample is None:
             return None
         probe = self._query_gradients(queries, spread(queries.n, 8))
@@ -379,6 +375,10 @@ class Influence(TrainingSetChanges):
             if model_fingerprint(self.model) != self._fitted.fingerprints["model"]:
                 raise UpweightError("the model's weights changed since fit -> fit again")
             self._fitted.versions = model_versions(self.model)
+        return self._fitted
+
+    def _learned(self) -> Fitted:
+        assert self._fitted is not None  # the question has called `_ready`, which looks at all weights
         return self._fitted
 
     def _unit(self, unit: str) -> str | None:
