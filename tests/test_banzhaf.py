@@ -1,6 +1,7 @@
 """Banzhaf influence: exact where retraining is, for every subset of a small data set; and its refusals."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from torch import nn
 
 import upweight as uw
-from upweight.attributors.pull import added, curvature, gradient, removed
-from upweight.curvature.balanced_damping import balanced_damping
+from upweight.attributors.pull import added, gradient
+from upweight.curvature.balanced_damping import balanced_damping, log_ratio
 
 N, L2 = 6, 0.3
 
@@ -153,16 +154,69 @@ def test_the_pull_of_an_added_example_solves_its_equation(task):
     assert torch.allclose(gradient(task, there.view(outputs.shape), targets), z, atol=1e-7)
 
 
-def test_a_removed_example_takes_its_curvature_along():
-    torch.manual_seed(2)
-    rows = torch.randn(3, 5, dtype=torch.float64)
-    rest = torch.eye(5).double() + torch.diag(torch.rand(5)).double()
-    hessian = curvature(uw.Classification(), torch.randn(1, 3, dtype=torch.float64))
-    whole = rest + rows.T @ hessian[0] @ rows
-    slope = torch.randn(1, 3, dtype=torch.float64)
-    z = removed(slope, hessian, (rows @ torch.linalg.solve(whole, rows.T))[None])
-    direct = torch.linalg.solve(rest, rows.T @ slope[0])
-    assert torch.allclose(torch.linalg.solve(whole, rows.T @ z[0]), direct, atol=1e-12)
+@pytest.mark.parametrize(
+    ("task", "outputs", "target", "own"),
+    [
+        (uw.BinaryClassification(), [-50.0], 1.0, 200.0),
+        (uw.Classification(), [50.0, 0.0, 0.0], 1, 200.0),
+        (uw.Regression(), [1.0], 1e7, 0.1),
+        (uw.Regression(), [0.0], 1e-11, 1.0),
+    ],
+    ids=["saturated, binary", "saturated", "far", "near"],
+)
+def test_the_pull_is_found_where_newton_alone_would_cycle_and_at_any_scale(task, outputs, target, own):
+    outputs = torch.tensor(outputs if isinstance(task, uw.BinaryClassification) else [outputs]).double()
+    targets = torch.tensor([target])
+    targets = targets.double()[:, None] if isinstance(task, uw.Regression) else targets
+    targets = targets.double() if isinstance(task, uw.BinaryClassification) else targets
+    width = outputs.numel()
+    z = added(task, outputs, targets, own * torch.eye(width).double()[None], [7])
+    there = outputs.reshape(1, -1) - own * z
+    assert torch.allclose(gradient(task, there.view(outputs.shape), targets), z, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("l2", [1e-3, 1e-5, 1e-7])
+def test_removals_are_exact_where_an_example_alone_decides(l2):
+    """More parameters than examples and hardly a regulariser: leverages of nearly 1."""
+    torch.manual_seed(0)
+    x, y = 3 * torch.randn(60, 300).double(), torch.randn(60, 1).double()
+    ids, shift = list(range(40)), 40 * l2
+
+    def weights(rows):
+        a = x[rows]
+        return (a.T @ torch.linalg.solve(a @ a.T + shift * torch.eye(len(rows)).double(), y[rows])).T
+
+    whole = weights(ids)
+    method = uw.BanzhafInfluence(
+        nn.Linear(300, 1, bias=False).double(),
+        uw.Regression(measurement="prediction"),
+        checkpoints=[{"weight": whole}],
+        subsets=[ids],
+        l2=l2,
+        damping=0.0,
+        progress=False,
+    ).fit((x, y))
+    queries = torch.randn(5, 300).double()
+    found = method.attribute((queries, torch.zeros(5, 1).double())).values
+    for i in range(60):
+        kept = sorted({*ids} - {i}) if i in ids else ids
+        real = (queries @ (weights(sorted({*kept, i})) - weights(kept)).T)[:, 0]
+        assert torch.allclose(found[:, i], real, rtol=1e-4, atol=1e-6 * float(real.abs().max()))
+
+
+def test_too_little_regularisation_for_double_precision_is_refused():
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4).double(), torch.randn(30, 1).double()
+    x[:, 0] *= 1e6
+    options = {
+        "checkpoints": [nn.Linear(4, 1, bias=False).double()],
+        "subsets": [range(20)],
+        "l2": 1e-6,
+        "damping": 0.0,
+        "progress": False,
+    }
+    with pytest.raises(uw.UpweightError, match="too little for double precision"):
+        uw.BanzhafInfluence(nn.Linear(4, 1, bias=False).double(), uw.Regression(), **options).fit((x, y))
 
 
 def network():
@@ -249,6 +303,8 @@ def test_equal_models_have_no_unit_and_the_mean_of_their_scaled_scores():
         ({"l2": 0.0, "damping": 0.0}, "neither l2 nor damping"),
         ({"damping": -1.0}, "damping=-1.0"),
         ({"damping": "evidence"}, "damping='evidence'"),
+        ({"damping": np.array([0.1, 0.2])}, "damping="),
+        ({"subsets": 5}, "subsets is int"),
         ({"subsets": [range(20)]}, "20 of 20 inside"),
         ({"memory": "1k"}, "memory is"),
         (
@@ -287,7 +343,25 @@ def test_the_damping_found_is_the_regulariser_that_was_not_told(l2):
     ).fit((x, y))
     info = method.attribute((x[:1], y[:1])).info
     assert 0.7 < info["damping"][0] / l2 < 1.4
-    assert info["balance"][0] == pytest.approx(1, abs=0.05)
+    assert info["balance"][0][0] == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_ratio_that_does_not_tell_dampings_apart_adds_none(seed):
+    """Many examples of few parameters: removals and additions are of one size at any small damping."""
+    torch.manual_seed(seed)
+    x = torch.randn(1000, 5).double()
+    y = x @ torch.randn(5, 1).double() + torch.randn(1000, 1).double()
+    half = torch.randperm(1000)[:500].tolist()
+    method = uw.BanzhafInfluence(
+        nn.Linear(5, 1, bias=False).double(),
+        uw.Regression(),
+        checkpoints=[{"weight": ridge(x, y, half, 500 * 1e-3)}],
+        subsets=[half],
+        l2=1e-3,
+        progress=False,
+    ).fit((x, y))
+    assert method.attribute((x[:1], y[:1])).info["damping"][0] < 1e-3
 
 
 def test_a_damping_is_searched_for_within_bounds():
@@ -295,12 +369,77 @@ def test_a_damping_is_searched_for_within_bounds():
 
     def ratio(damping):
         asked.append(damping)
-        return (1e-3 / damping) ** 0.3
+        return 0.3 * math.log(1e-3 / damping), 0.01
 
-    damping, found = balanced_damping(ratio, 1.0, 1e-9)
+    damping, (found, error) = balanced_damping(ratio, 1.0, 1e-9)
     assert damping == pytest.approx(1e-3, rel=0.1)
-    assert found == ratio(damping)
+    assert found == math.exp(ratio(damping)[0])
+    assert error == pytest.approx(0.01, rel=0.1)
     assert len(asked) < 20
-    assert balanced_damping(lambda d: 0.5, 1.0, 1e-3) == (1e-3, 0.5)
+    with pytest.warns(UserWarning, match="0.5 times as large"):
+        assert balanced_damping(lambda d: (math.log(0.5), 0.0), 1.0, 1e-3) == (1e-3, (0.5, 0.0))
+    assert balanced_damping(lambda d: (0.1, 0.06), 1.0, 0.0)[0] == 0.0  # not significant
     with pytest.raises(uw.UpweightError, match="removals are larger"):
-        balanced_damping(lambda d: 2.0, 1.0, 1e-3)
+        balanced_damping(lambda d: (0.7, 0.01), 1.0, 1e-3)
+    assert (
+        balanced_damping(lambda d: (0.2, 0.01), 1.0, 0.0)[0] == 0.0
+    )  # no damping changes it, and it is near 1
+
+
+def test_sizes_are_compared_with_their_standard_error():
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.rand(2, 100, generator=generator).log().neg() for _ in range(400)]
+    found = [log_ratio(2 * a, b) for a, b in drawn]
+    assert np.mean([size for size, _ in found]) == pytest.approx(math.log(2), abs=0.02)
+    assert np.mean([error for _, error in found]) == pytest.approx(
+        np.std([size for size, _ in found]), rel=0.1
+    )
+
+
+def test_a_fit_that_fails_leaves_the_last_one_as_it_was():
+    data = classified()
+    method = uw.BanzhafInfluence(
+        network(),
+        uw.Classification(),
+        checkpoints=[network()],
+        subsets=[range(10)],
+        l2=0.1,
+        damping=0.1,
+        progress=False,
+    ).fit(data)
+    before = method.attribute(data).values
+    method.checkpoints = [{"weight": torch.ones(1)}]
+    with pytest.raises(uw.UpweightError, match="another architecture"):
+        method.fit((data[0][:15], data[1][:15]))
+    assert torch.equal(method.attribute(data).values, before)
+
+
+def test_results_say_which_models_and_subsets_they_are_of():
+    data = classified()
+
+    def info(subset, state):
+        options = {"checkpoints": [state], "subsets": [subset], "l2": 0.1, "damping": 0.1, "progress": False}
+        return uw.BanzhafInfluence(network(), uw.Classification(), **options).fit(data).attribute(data).info
+
+    other = {name: value + 1 for name, value in network().state_dict().items()}
+    prints = [info(range(10), network())["fingerprints"] for _ in range(2)]
+    assert prints[0] == prints[1]
+    assert info(range(5, 15), network())["fingerprints"] != prints[0]
+    assert info(range(10), other)["fingerprints"] != prints[0]
+
+
+def test_it_works_in_inference_mode():
+    data = classified()
+    options = {
+        "checkpoints": [network()],
+        "subsets": [range(10)],
+        "l2": 0.1,
+        "damping": 0.1,
+        "progress": False,
+    }
+    plain = uw.BanzhafInfluence(network(), uw.Classification(), **options).fit(data).attribute(data).values
+    with torch.inference_mode():
+        again = (
+            uw.BanzhafInfluence(network(), uw.Classification(), **options).fit(data).attribute(data).values
+        )
+    assert torch.allclose(plain, again)

@@ -1,7 +1,7 @@
 """Banzhaf influence: what an example does, averaged over models that were trained on random subsets of the data.
 
     scores[q, i] = (1/T) sum_t Delta_t[q, i] / c_t[q]        c = 1, or the root mean square over i with equal=True
-    Delta_t[q, i]: the query's measurement without example i minus with it, for the model of subset t
+    Delta_t[q, i]: how much worse the query gets without example i than with it, for the model of subset t
 
 Influence functions ask what happens to one model when an example is missing from *all* of the data. What a linear
 datamodel is fitted to, and the LDS asks, is what happens when an example is missing from random *halves* of it: the
@@ -13,6 +13,7 @@ were removed, of the others if they were added (see `upweight.attributors.output
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -28,8 +29,10 @@ from upweight.attributors.checkpoints import Checkpoint, as_checkpoints, load_ch
 from upweight.attributors.ensemble import mean_of, root_mean_square
 from upweight.attributors.evidence import shared_info
 from upweight.attributors.output_space import OutputSpace
+from upweight.budget import KEEP_SHARE
 from upweight.data import Examples
 from upweight.errors import UpweightError
+from upweight.fingerprint import model_fingerprint
 from upweight.gradients.select import ParameterFilter
 from upweight.progress import progress_bar
 from upweight.scores import Scores
@@ -39,8 +42,9 @@ from upweight.task import OutputTask, Task
 class BanzhafInfluence(Attributor):
     """The effect of every example, averaged over models trained on random subsets: data Banzhaf values by influence.
 
-    The unit is that of the measurement: the predicted change when the example is removed from a subset, or is not added
-    to it. With `equal` there is no unit, the scores only rank.
+    The unit is that of the measurement: how much worse a query is predicted to get when the example is removed from a
+    subset, or not added to it. The objective keeps dividing by the subset's size m, so that the regulariser keeps its
+    weight against each example's loss. With `equal` there is no unit, the scores only rank.
 
     Args:
         model: a model of the architecture, in eval mode. Nothing on it is changed: checkpoints are loaded into copies.
@@ -118,16 +122,21 @@ class BanzhafInfluence(Attributor):
             )
         if task.mask is not None:
             raise UpweightError("a task with a mask has no fixed number of outputs an example -> Ensemble")
-        number = 0.0 if damping == "auto" else damping
+        number = 0.0 if isinstance(damping, str) and damping == "auto" else damping
         for name, value in (("l2", l2), ("damping", number)):
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise UpweightError(f"{name}={value!r}, expected a finite number, 0 or above -> {name}=1e-3")
-        if damping != "auto" and l2 + float(number) <= 0:
+        automatic = isinstance(damping, str)
+        if not automatic and l2 + float(number) <= 0:
             raise UpweightError(
                 "neither l2 nor damping is above 0, expected a curvature that can be inverted -> damping='auto'"
             )
         self.l2, self.equal = float(l2), equal
-        self.damping = None if damping == "auto" else float(number)
+        self.damping = None if automatic else float(number)
+        if not isinstance(subsets, Sequence) or isinstance(subsets, str):
+            raise UpweightError(
+                f"subsets is {type(subsets).__name__}, expected a list: for each checkpoint the ids it was trained on"
+            )
         self.checkpoints, self.subsets = as_checkpoints(checkpoints), list(subsets)
         if len(self.subsets) != len(self.checkpoints):
             raise UpweightError(
@@ -137,6 +146,7 @@ class BanzhafInfluence(Attributor):
         self._members: list[OutputSpace] = []
 
     @without_autocast()
+    @torch.inference_mode(False)  # or copies of the model could not be differentiated
     def fit(self, train: Any, *, ids: Sequence[int | str] | None = None) -> BanzhafInfluence:
         """Find what every example does to every model.
 
@@ -154,18 +164,20 @@ class BanzhafInfluence(Attributor):
         started = time.perf_counter()
         examples = Examples(train, ids)
         inside = [self._inside(number, subset, examples) for number, subset in enumerate(self.subsets)]
-        self._members = []
+        members, keep = [], self.memory * KEEP_SHARE / len(inside)
         with progress_bar("models of subsets", len(inside), self.progress) as advance:
-            for number, members in enumerate(inside):
+            for number, chosen in enumerate(inside):
                 model = copy.deepcopy(self.model)
                 load_checkpoint(model, read_checkpoint(self.checkpoints[number], number), number)
-                self._members.append(OutputSpace(self, model, examples, members, self.l2, self.damping))
+                members.append(OutputSpace(self, model, examples, chosen, self.l2, self.damping, keep))
                 advance(1)
         self._remember(examples)
+        self._members = members
         self._seconds = round(time.perf_counter() - started, 3)
         return self
 
     @without_autocast()
+    @torch.inference_mode(False)
     def attribute(self, query: Any, *, ids: Sequence[int | str] | None = None) -> Scores:
         """Score every training example for every query.
 
@@ -200,6 +212,11 @@ class BanzhafInfluence(Attributor):
             "l2": self.l2,
             "damping": [member.damping for member in self._members],
             "balance": [member.balance for member in self._members],
+            "fingerprints": {
+                **fingerprints,
+                "models": [model_fingerprint(member.tracker.model) for member in self._members],
+                "subsets": [_digest(member.inside) for member in self._members],
+            },
             "queries": queries.fingerprint(),
             "fit_seconds": self._seconds,
             "attribute_seconds": round(time.perf_counter() - started, 3),
@@ -222,3 +239,7 @@ class BanzhafInfluence(Attributor):
         inside = torch.zeros(examples.n, dtype=torch.bool)
         inside[positions] = True
         return inside
+
+
+def _digest(inside: Tensor) -> str:
+    return hashlib.blake2b(inside.numpy().tobytes(), digest_size=16).hexdigest()

@@ -13,7 +13,7 @@ import torch
 
 from upweight.attributors.exact import fit_exact
 from upweight.attributors.manifest import gradients_manifest, sample_of_task
-from upweight.budget import KEEP_SHARE, batch_size_for
+from upweight.budget import BATCH_BYTES, KEEP_SHARE, batch_size_for
 from upweight.cache import Cache, CachePass, SavedCurvature, shard_examples
 from upweight.curvature import Curvature, fit_curvature
 from upweight.curvature.datainf import DataInfCurvature
@@ -267,7 +267,7 @@ def _build_index(
     probe = tracker.train(examples.take(positions), [examples.ids[p] for p in positions])
     with progress_bar("index", examples.n, method.progress) as advance:
         training = ModelPass(tracker, examples, rows)
-        keep = method.memory * KEEP_SHARE
+        keep = min(BATCH_BYTES, method.memory * KEEP_SHARE)  # unpacked they are larger than on disk
         return GradientIndex.build(
             cache.folder, manifest, inverse, training, probe, cache.index_error, advance, keep
         )

@@ -15,6 +15,7 @@ has a row for every output of the subset.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +24,9 @@ import torch
 from torch import Tensor
 
 from upweight.attributors.base import Attributor
-from upweight.attributors.pull import added, curvature, gradient, removed
+from upweight.attributors.pull import added, gradient
 from upweight.attributors.streaming import Source
-from upweight.curvature.balanced_damping import balanced_damping
+from upweight.curvature.balanced_damping import balanced_damping, log_ratio
 from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.gradients import Gradients
@@ -34,10 +35,13 @@ from upweight.task import OutputTask
 
 TILE_ROWS = 2048
 """Outputs whose products with the subset's are held at a time."""
-INSIDE, OUTSIDE, QUERIES = 200, 200, 64
-"""Examples that a damping is judged by: removed, added, and asked about."""
+CHANGED, QUERIES = (200, 1000, 4000), 64
+"""Examples that a damping is judged by: as many removed, and as many added, as have 4,000 outputs, but at least 200 and
+at most 1,000; and those that are asked about."""
 START, LEAST = 1e-2, 1e-8
 """Where the search for a damping begins and ends, relative to the mean curvature of the subset's outputs."""
+MOST_CONDITIONED = 1e11
+"""Largest curvature relative to c: errors grow with it, from 1e-16."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,13 @@ class OutputSpace:
         inside: [n], whether an example is in the subset.
         l2: the training's.
         damping: added to it; None for the one at which examples inside and outside matter alike.
+        keep: bytes of Jacobians that may stay in memory.
 
     Attributes:
         size: m, examples of the subset.
         damping: the one that was used.
-        balance: of a damping that was found: the ratio of removals to additions there.
+        balance: of a damping that was found: the ratio of removals to additions there, and its standard error.
+        largest: eigenvalue of ``A A^T``, m times that of the curvature.
     """
 
     def __init__(
@@ -73,22 +79,24 @@ class OutputSpace:
         inside: Tensor,
         l2: float,
         damping: float | None,
+        keep: float = 0,
     ) -> None:
         self.examples, self.inside, self.l2 = examples, inside, l2
         assert isinstance(method.task, OutputTask)
         self.task = method.task
         self.source = Source(_with_task(method, jacobian_of(method.task)), model, examples, keep=0)
         self.tracker = self.source.tracker
-        self.outputs, self.targets = self._forward()
-        self.width = self.outputs[0].numel()
         self.size = int(inside.sum())
+        self.width = math.prod(self.tracker.output_shape or ())
         self._check_memory(method.memory)
+        self.outputs, self.targets = self._forward()
         size = min(self.source.batch_size, max(1, TILE_ROWS // self.width))
         columns = FisherPass(self.tracker, examples, size, "exact", 1, 0)
-        self.jacobian: Pass[Gradients] = Kept(_Rows(columns), method.memory / 4, lambda g: g.nbytes)
+        self.jacobian: Pass[Gradients] = Kept(_Rows(columns), keep, lambda g: g.nbytes)
         self._root = self.task.hessian_root(self.outputs[inside])  # R [m, C, columns]
         subset = Gradients.concatenate([rows for _, rows in self._subset()])
         gram = self._gram(subset)
+        self.largest = largest_eigenvalue(gram)
         self.damping, self.balance = (damping, None) if damping is not None else self._balanced(gram, subset)
         self._response = self._respond(gram, subset)
 
@@ -98,7 +106,7 @@ class OutputSpace:
         return self.l2 + self.damping
 
     def scores(self, queries: Gradients) -> Tensor:
-        """The change of the queries' measurements without each example minus with it, [query, n] in float64."""
+        """How much worse the queries get without each example than with it, [query, n] in float64."""
         pull, through = self._response.pull, self._response.through
         left = queries.to(torch.float64)
         direct = torch.empty(queries.batch, self.examples.n, dtype=torch.float64)
@@ -127,7 +135,16 @@ class OutputSpace:
         """L, lower triangular, with ``L L^T = A A^T + m c I``."""
         shifted = gram.clone()
         shifted.diagonal().add_(self.size * shift)
-        return torch.linalg.cholesky(shifted)  # reads one triangle: rounding need not be symmetric
+        factor, failed = torch.linalg.cholesky_ex(
+            shifted
+        )  # reads one triangle: rounding need not be symmetric
+        if bool(failed) or self.largest > MOST_CONDITIONED * self.size * shift:
+            most = self.largest / self.size
+            raise UpweightError(
+                f"the curvature goes up to {most:.3g}, l2 and damping are {shift:.3g} together: too little for double "
+                f"precision -> damping={2 * most / MOST_CONDITIONED:.1g} or above, or standardised inputs"
+            )
+        return factor
 
     def _respond(self, gram: Tensor, subset: Gradients) -> _Response:
         factor = self._factor(gram, self.shift)
@@ -135,22 +152,25 @@ class OutputSpace:
         through = torch.empty(len(factor), self.examples.n, dtype=torch.float64)
         for step in self.jacobian:
             rows, here = step.load(), slice(step.start, step.stop)
-            solved = self._solved(factor, self._weighed(rows, subset))
-            pull[here] = self._pull(torch.arange(step.start, step.stop), self._own(rows), solved, self.shift)
-            through[:, here] = torch.einsum("kic,ic->ki", solved, pull[here])
+            positions = torch.arange(step.start, step.stop)
+            pull[here], through[:, here] = self._pull(
+                factor, positions, self._own(rows), self._weighed(rows, subset), self.shift
+            )
         through = torch.linalg.solve_triangular(factor.mT, through, upper=True)
         through = through.unflatten(0, (-1, self._root.shape[2]))
         return _Response(pull, torch.einsum("jcd,jdi->jci", self._root, through).flatten(0, 1))
 
-    def _balanced(self, gram: Tensor, subset: Gradients) -> tuple[float, float]:
+    def _balanced(self, gram: Tensor, subset: Gradients) -> tuple[float, tuple[float, float]]:
         """The damping at which a sample of removals and one of additions change other examples alike."""
         generator = torch.Generator().manual_seed(0)
         mixed = lambda where: (p := where.nonzero()[:, 0])[torch.randperm(len(p), generator=generator)]  # noqa: E731
-        removals, others = mixed(self.inside)[:INSIDE], mixed(~self.inside)
+        least, most, outputs = CHANGED
+        count = min(most, max(least, outputs // self.width))
+        removals, others = mixed(self.inside)[:count], mixed(~self.inside)
         asked = others[
             : min(QUERIES, len(others) // 2)
         ]  # the model has not seen them, as it has not seen queries
-        additions = others[len(asked) : len(asked) + OUTSIDE]
+        additions = others[len(asked) : len(asked) + count]
         if len(removals) < 2 or len(asked) < 1:
             raise UpweightError(
                 "the damping is found by comparing examples inside a subset with those outside, and here are "
@@ -164,34 +184,60 @@ class OutputSpace:
         from_questions, from_rows = asks(self._weighed(questions, subset)), self._weighed(rows, subset)
         own = self._own(rows)
 
-        def ratio(damping: float) -> float:
-            shift = self.l2 + damping
-            factor = self._factor(gram, shift)
-            solved = self._solved(factor, from_rows)
-            pull = self._pull(changed, own, solved, shift)
+        def ratio(damping: float) -> tuple[float, float]:
+            factor = self._factor(gram, self.l2 + damping)
+            pull, through = self._pull(factor, changed, own, from_rows, self.l2 + damping)
             asking = torch.linalg.solve_triangular(factor, from_questions.T, upper=False)
-            through = torch.einsum("kic,ic->ki", solved, pull)
-            effects = (torch.einsum("qic,ic->qi", direct, pull) - asking.T @ through).abs()
-            return float(effects[:, : len(removals)].mean() / effects[:, len(removals) :].mean())
+            effects = (torch.einsum("qic,ic->qi", direct, pull) - asking.T @ through).abs().mean(0)
+            return log_ratio(effects[: len(removals)], effects[len(removals) :])
 
         scale = float(gram.diagonal().mean()) / self.size
-        return balanced_damping(ratio, START * scale, LEAST * scale)
+        least = max(LEAST * scale, 2 * self.largest / self.size / MOST_CONDITIONED)
+        least = max(0.0, least - self.l2)  # the l2 may do alone
+        return balanced_damping(ratio, START * scale, least)
 
-    def _pull(self, positions: Tensor, own: Tensor, solved: Tensor, shift: float) -> Tensor:
-        """``z`` [k, C] of these examples, of ``J_i J_i^T`` [k, C, C] and ``L^-1 A J_i^T`` [M, k, C]."""
-        kernel = (own - torch.einsum("kia,kib->iab", solved, solved)) / (self.size * shift)  # K_ii
+    def _pull(
+        self, factor: Tensor, positions: Tensor, own: Tensor, weighed: Tensor, shift: float
+    ) -> tuple[Tensor, Tensor]:
+        """``z`` [k, C] of these examples, and what goes through the subset, ``L^-1 A J_i^T z`` [M, k].
+
+        The z of a removed example is all but infinite where the model does what the example alone says. So it stays in
+        two parts, ``z = r + R v``: R v is of the subset, where ``H^-1 J_i^T R`` needs no difference of large numbers.
+
+        Args:
+            factor: L [M, M].
+            positions: of the examples [k].
+            own: ``J_i J_i^T`` [k, C, C].
+            weighed: ``J_i A^T`` [k C, M].
+            shift: c.
+        """
+        mc = self.size * shift
+        solved = torch.linalg.solve_triangular(factor, weighed.T, upper=False).unflatten(1, (-1, self.width))
+        kernel = (own - torch.einsum("kia,kib->iab", solved, solved)) / mc  # K_ii
         outputs, targets, inside = self.outputs[positions], self.targets[positions], self.inside[positions]
-        out = gradient(self.task, outputs, targets)
-        if bool(inside.any()):
-            out[inside] = removed(out[inside], curvature(self.task, outputs[inside]), kernel[inside])
+        pull = gradient(self.task, outputs, targets)
         if not bool(inside.all()):
             ids = [self.examples.ids[p] for p in positions[~inside].tolist()]
-            out[~inside] = added(self.task, outputs[~inside], targets[~inside], kernel[~inside], ids)
-        return out
+            pull[~inside] = added(self.task, outputs[~inside], targets[~inside], kernel[~inside], ids)
+        through = torch.einsum("kic,ic->ki", solved, pull)
+        if bool(inside.any()):
+            places = (self.inside.cumsum(0) - 1)[positions[inside]]
+            root = self._root[places]
+            units = self._units(factor, places)  # L^-1 E_i [M, k, columns]
+            left = mc * torch.einsum("kia,kib->iab", units, units)  # I - R^T K R
+            bent = root.mT @ (kernel[inside] @ pull[inside, :, None])
+            through[:, inside] -= mc * torch.einsum(
+                "kic,ic->ki", units, torch.linalg.solve(left, bent)[..., 0]
+            )
+        return pull, through
 
-    def _solved(self, factor: Tensor, weighed: Tensor) -> Tensor:
-        """``L^-1 A J_i^T`` [M, k, C], of ``J_i A^T`` [k C, M]."""
-        return torch.linalg.solve_triangular(factor, weighed.T, upper=False).unflatten(1, (-1, self.width))
+    def _units(self, factor: Tensor, places: Tensor) -> Tensor:
+        """``L^-1`` of the unit vectors of these examples of the subset, [M, k, columns]."""
+        columns = self._root.shape[2]
+        rows = (places[:, None] * columns + torch.arange(columns)).flatten()
+        units = factor.new_zeros(len(factor), len(rows))
+        units[rows, torch.arange(len(rows))] = 1
+        return torch.linalg.solve_triangular(factor, units, upper=False).unflatten(1, (-1, columns))
 
     def _at(self, positions: Tensor) -> Gradients:
         """Jacobians of these examples, in their order."""
@@ -228,10 +274,14 @@ class OutputSpace:
         return products.cpu().unflatten(1, (-1, self.width))
 
     def _own(self, rows: Gradients) -> Tensor:
-        """``J_i J_i^T`` [batch, C, C]."""
-        left = rows.to(torch.float64)
-        products = (left @ left.T).cpu().unflatten(0, (-1, self.width)).unflatten(2, (-1, self.width))
-        return products.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        """``J_i J_i^T`` [k, C, C], a few examples at a time: the products with the others are thrown away."""
+        few = max(1, TILE_ROWS // (4 * self.width)) * self.width
+        found = []
+        for a in range(0, rows.batch, few):
+            left = rows.rows(slice(a, a + few)).to(torch.float64)
+            products = (left @ left.T).cpu().unflatten(0, (-1, self.width)).unflatten(2, (-1, self.width))
+            found.append(products.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        return torch.cat(found)
 
     def _forward(self) -> tuple[Tensor, Tensor]:
         """All outputs [n, ...] and targets, real numbers in float64."""
@@ -247,12 +297,14 @@ class OutputSpace:
         return torch.cat(outputs), torch.cat(targets)
 
     def _check_memory(self, memory: int) -> None:
-        rows = self.size * self.width
-        needed = 8 * (2 * rows * rows + rows * self.examples.n + 3 * rows * TILE_ROWS)
+        rows, n = self.size * self.width, self.examples.n
+        tile = max(TILE_ROWS, self.width * (self.examples.preferred_batch_size or 1))
+        numbers = 3 * rows * rows + 2 * rows * n + 4 * rows * tile + 3 * n * self.width
+        needed = 8 * numbers + rows * self.source.example_bytes
         if needed > memory:
             raise UpweightError(
-                f"{self.size} examples of {self.width} outputs need {needed / 2**30:.1f} GiB here, memory is "
-                f"{memory / 2**30:.1f} GiB -> memory= if there is more, smaller subsets, or Ensemble with "
+                f"{self.size} examples of {self.width} outputs need {needed / 2**20:,.0f} MB here, memory is "
+                f"{memory / 2**20:,.0f} MB -> memory= if there is more, smaller subsets, or Ensemble with "
                 "method='ekfac'"
             )
 
@@ -290,3 +342,15 @@ def jacobian_of(task: OutputTask) -> OutputTask:
 
     made.hessian_root = eye  # on the instance, it hides the class's
     return made
+
+
+def largest_eigenvalue(matrix: Tensor, steps: int = 20) -> float:
+    """Of a symmetric positive matrix, by power iteration: somewhat below the truth."""
+    vector = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    size = 0.0
+    for _ in range(steps):
+        vector = matrix @ (vector / vector.norm())
+        size = float(vector.norm())
+        if size == 0:
+            break
+    return size

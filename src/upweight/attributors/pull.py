@@ -5,9 +5,10 @@
     removed:   z = (I - S K)^-1 r     of a model that was trained on it: it takes its curvature along
     added:     z = r(f - K z)         to a model that was not: it is fitted until its loss resists
 
-Both are exact where the model is linear in its parameters and the others' losses are quadratic; its own loss may be any
-convex one. An example that is confidently wrong has a large slope and hardly any curvature, so that a Newton step from
-there would go far past it.
+The first is solved in `upweight.attributors.output_space`, whose numbers make it accurate. Both are exact where the
+model is linear in its parameters and the others' losses are quadratic; its own loss may be any convex one. An example
+that is confidently wrong has a large slope and hardly any curvature, so that a Newton step from there would go far past
+it.
 """
 
 from __future__ import annotations
@@ -21,15 +22,11 @@ from upweight._ids import Id
 from upweight.errors import UpweightError
 from upweight.task import OutputTask
 
-MOST_STEPS, HALVINGS = 100, 30
-ACCURACY = 1e-10
-"""Of the outputs of an added example, relative to their size."""
-
-
-def removed(slope: Tensor, hessian: Tensor, own: Tensor) -> Tensor:
-    """``z = (I - S K)^-1 r`` [batch, C], of r [batch, C], S and K [batch, C, C]."""
-    eye = torch.eye(slope.shape[1], dtype=slope.dtype, device=slope.device)
-    return torch.linalg.solve(eye - hessian @ own, slope)
+MOST_STEPS, HALVINGS = 200, 60
+ENOUGH = 1e-4
+"""A step must take away this share of what it promises."""
+ACCURACY, ROUNDING = 1e-10, 1e-13
+"""Of what an example does to its own outputs, relative to that; and to the outputs, which cannot be told better."""
 
 
 def added(task: OutputTask, outputs: Tensor, targets: Tensor, own: Tensor, ids: Sequence[Id]) -> Tensor:
@@ -49,26 +46,32 @@ def added(task: OutputTask, outputs: Tensor, targets: Tensor, own: Tensor, ids: 
     now = start.clone()
     eye = torch.eye(start.shape[1], dtype=start.dtype, device=start.device)
 
-    def off(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def off(g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         slope = gradient(task, g.view(shape), targets)
-        difference = g - start + (own @ slope[..., None])[..., 0]
-        return slope, difference, difference.norm(dim=1)
+        own_pull = (own @ slope[..., None])[..., 0]
+        difference = g - start + own_pull
+        enough = ACCURACY * own_pull.norm(dim=1) + ROUNDING * (start.norm(dim=1) + g.norm(dim=1))
+        return slope, difference, difference.norm(dim=1), enough
 
-    slope, difference, size = off(now)
-    enough = ACCURACY * (1 + start.norm(dim=1) + own.flatten(1).norm(dim=1))
+    slope, difference, size, enough = off(now)
     for _ in range(MOST_STEPS):
-        if bool((size <= enough).all()):
-            return slope
         step = torch.linalg.solve(eye + own @ curvature(task, now.view(shape)), difference)
+        limit = ROUNDING * (
+            start.norm(dim=1) + now.norm(dim=1)
+        )  # a large K makes any rounding of g a large difference
+        left = (size > enough) & (step.norm(dim=1) > limit)
+        if not bool(left.any()):
+            return slope
+        step = torch.where(left[:, None], step, 0)
         scale = torch.ones_like(size)
         found = off(now - step)
         for _ in range(HALVINGS):
-            worse = (found[2] > size) & (size > enough)
+            worse = (found[2] > (1 - ENOUGH * scale) * size) & left
             if not bool(worse.any()):
                 break
             scale = torch.where(worse, scale / 2, scale)
             found = off(now - scale[:, None] * step)
-        now, (slope, difference, size) = now - scale[:, None] * step, found
+        now, (slope, difference, size, enough) = now - scale[:, None] * step, found
     worst = int((size / enough).argmax())
     raise UpweightError(
         f"what adding example {ids[worst]} does to its own outputs was not found in {MOST_STEPS} steps -> a larger "
@@ -78,8 +81,9 @@ def added(task: OutputTask, outputs: Tensor, targets: Tensor, own: Tensor, ids: 
 
 def gradient(task: OutputTask, outputs: Tensor, targets: Tensor) -> Tensor:
     """The loss's gradient in the outputs, [batch, C]."""
-    with torch.enable_grad():
-        leaf = outputs.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = outputs.detach().clone().requires_grad_()
+        targets = targets.clone()
         (slope,) = torch.autograd.grad(task.loss(leaf, targets).sum(), leaf)
     return slope.reshape(len(slope), -1)
 

@@ -5,11 +5,18 @@ removed from a subset that holds it, or added to the rest. Over many examples th
 that is trusted too much in directions where training is undecided makes removals too large, one that is damped too much
 makes additions too large, so that their ratio falls as the damping grows and is 1 where the model of training is right.
 No retraining is needed to see it.
+
+Of a sample of examples the ratio is known up to its standard error, and where many examples share few directions it
+hardly moves with the damping: if the least damping is within three standard errors of 1, or below, it stays.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
+
+from torch import Tensor
 
 from upweight.errors import UpweightError
 
@@ -19,52 +26,74 @@ MOST = 16
 """Such steps in either direction."""
 PRECISE = 1.15
 """Ratio of the last two dampings: the scores hardly differ between them."""
+SIGNIFICANT = 3.0
+"""Standard errors."""
+ALIKE = 1.25
+"""A ratio up to which, either way, nothing is said."""
 
 
-def balanced_damping(ratio: Callable[[float], float], start: float, least: float) -> tuple[float, float]:
-    """The damping at which a ratio that falls with it is 1, by bisection of its logarithm.
+def log_ratio(removals: Tensor, additions: Tensor) -> tuple[float, float]:
+    """``log(mean removals / mean additions)`` of sizes [k] and [l], and its standard error."""
+    means = removals.mean(), additions.mean()
+    parts = [
+        (v.var() / len(v) / m**2) if len(v) > 1 else m * 0
+        for v, m in zip((removals, additions), means, strict=True)
+    ]
+    return float((means[0] / means[1]).log()), float((parts[0] + parts[1]).sqrt())
+
+
+def balanced_damping(
+    ratio: Callable[[float], tuple[float, float]], start: float, least: float
+) -> tuple[float, tuple[float, float]]:
+    """The damping at which the logarithm of a ratio that falls with it is 0, by bisection.
 
     Args:
-        ratio: of the size of removals to that of additions, at a damping.
+        ratio: `log_ratio` of removals and additions at a damping.
         start: where to begin, above 0.
-        least: the smallest damping tried; where even that one is too large, it is the answer.
+        least: the smallest damping, which stays unless removals are significantly larger there.
 
     Returns:
-        The damping and its ratio.
+        The damping, and the ratio there with its standard error. Warns where it is far from 1.
 
     Raises:
         UpweightError: removals are the larger ones up to very large dampings.
 
     Example:
-        >>> damping, found = balanced_damping(lambda d: 0.03 / d, 1.0, 1e-9)
+        >>> damping, (found, _) = balanced_damping(lambda d: (math.log(0.03 / d), 0.1), 1.0, 1e-9)
         >>> round(damping / 0.03, 1), round(found, 1)
         (1.0, 1.0)
     """
-    low = high = max(start, least)
-    found = ratio(high)
-    if found > 1:
-        for _ in range(MOST):
-            low, high = high, high * FACTOR
-            if ratio(high) <= 1:
-                break
-        else:
-            raise UpweightError(
-                f"removals are larger than additions up to a damping of {high:.3g}, so that none makes examples inside "
-                "and outside the subsets alike -> check that each subset is what its model was trained on, or damping="
-            )
+    now = ratio(least)
+    if now[0] <= SIGNIFICANT * now[1]:
+        return least, _told(now)
+    low, high = least, max(start, least)
+    for _ in range(MOST):
+        now = ratio(high)
+        if now[0] <= 0:
+            break
+        low, high = high, high * FACTOR
     else:
-        for _ in range(MOST):
-            if low <= least:
-                return least, found
-            low, high = max(least, low / FACTOR), low
-            found = ratio(low)
-            if found > 1:
-                break
-        else:
-            return low, found
+        if now[0] <= max(math.log(ALIKE), SIGNIFICANT * now[1]):
+            return least, _told(now)
+        raise UpweightError(
+            f"removals are larger than additions up to a damping of {high:.3g}, so that none makes examples inside and "
+            "outside the subsets alike -> check that each subset is what its model was trained on, or damping="
+        )
+    low = max(low, high * FACTOR**-MOST)
     while high / low > PRECISE:
         middle = (low * high) ** 0.5
-        found = ratio(middle)
-        low, high = (middle, high) if found > 1 else (low, middle)
+        low, high = (middle, high) if ratio(middle)[0] > 0 else (low, middle)
     middle = (low * high) ** 0.5
-    return middle, ratio(middle)
+    return middle, _told(ratio(middle))
+
+
+def _told(found: tuple[float, float]) -> tuple[float, float]:
+    """The ratio itself and its standard error; warn if it is surely not near 1."""
+    size, error = found
+    if abs(size) > max(math.log(ALIKE), SIGNIFICANT * error):
+        warnings.warn(
+            f"removals are {math.exp(size):.2g} times as large as additions at the damping that was found, expected 1 "
+            "-> check that each subset is what its model was trained on, that the model is near a minimum, and l2",
+            stacklevel=6,
+        )
+    return math.exp(size), math.exp(size) * error
