@@ -14,7 +14,8 @@ DEV   := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
 
 TORCH := 2.13.0
-ARGS  ?=
+ARGS   ?=
+SCRIPT ?=
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
@@ -36,13 +37,13 @@ test: $(BASE)  ## the tests that take seconds, and every example in the docstrin
 test-all: $(BASE)  ## every test
 	@$(PYTEST) $(ARGS)
 
-bench: $(BENCH)  ## run every script in benchmarks/
-	@set -e; for script in $(or $(wildcard benchmarks/[a-z]*.py),no-benchmarks-yet); do \
+bench: $(BENCH)  ## run every script in benchmarks/, or one: SCRIPT=solver_ladder
+	@set -e; for script in $(or $(SCRIPT:%=benchmarks/%.py),$(wildcard benchmarks/[a-z]*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
 bench-lds: $(BENCH)  ## run every LDS recipe, hours of retraining; UPWEIGHT_DATA names the data
 	@set -e; for recipe in digits fashion "tabular concrete" "tabular parkinsons" "mnist mnist-lr" "mnist mnist-mlp" \
-		"cifar narrow" gpt; do set -- $$recipe; \
+		"cifar thin" gpt; do set -- $$recipe; \
 		echo "== $$recipe"; $(BIN)/python benchmarks/lds/$$1.py $$2 $(ARGS); done
 
 docs: $(DEV)  ## build the documentation into site/; a warning is an error

@@ -1,10 +1,13 @@
 """Every public name exists, is documented, and is part of the API reference."""
 
+import importlib.util
 import inspect
+from pathlib import Path
 
 import pytest
 
 import upweight
+import upweight.evaluate
 
 NAMES = [name for name in upweight.__all__ if not name.startswith("__")]
 DOCUMENTED = [
@@ -34,3 +37,21 @@ def test_public_name_and_its_public_methods_have_a_docstring(name):
         and not inspect.getdoc(getattr(thing, attribute))
     ]
     assert bare == []
+
+
+@pytest.mark.parametrize("package", [upweight, upweight.evaluate], ids=lambda package: package.__name__)
+def test_a_name_that_a_module_of_the_same_name_hides_has_its_own_entry_in_the_reference(package):
+    """The generator takes the module for the name, and a module has no entry among the package's members."""
+    reference = Path(__file__).parent.parent / "docs" / "api.md"
+    assert f"::: {package.__name__}\n" in reference.read_text()
+    hidden = []
+    for name in package.__all__:
+        thing = getattr(package, name)
+        owner = getattr(thing, "__module__", None) or getattr(thing, "__name__", "")
+        if owner.endswith(f".{name}"):  # a function in a module of its name, or the module itself
+            beside = importlib.util.find_spec(owner.rpartition(".")[0])
+            assert beside is not None
+            if beside.name in ("upweight", "upweight.evaluate"):
+                hidden.append(owner if inspect.ismodule(thing) else f"{owner}.{name}")
+    assert [path for path in hidden if f"::: {path}\n" not in reference.read_text()] == []
+    assert hidden or package is upweight
