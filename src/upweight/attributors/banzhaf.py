@@ -65,8 +65,8 @@ class BanzhafInfluence(Attributor):
         progress: show progress bars (in a terminal only).
 
     Cost: for every model one backward pass an output over the data, twice, and the Cholesky factor of a matrix with a
-    row for every output of its subset (718 examples of ten outputs: half a minute, and as much again to find the
-    damping); queries cost one such pass each.
+    row for every output of its subset, one fewer for a softmax (718 examples of ten classes: half a minute, and one
+    more to find the damping); queries cost one such pass each.
     Memory grows with the square of the subset's outputs. Parameters cost little.
 
     Fails when: a model is not near a minimum of its objective; its outputs are many (language models).

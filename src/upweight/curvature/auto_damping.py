@@ -9,6 +9,9 @@ hardly moves. J_S needs no retraining to be evaluated at theta + delta, so the b
 the lowest J_S(theta + delta(damping)), in the mean over random halves S of the training data. Source: the damping of
 Levenberg (1944) and Marquardt (1963), by the objective itself instead of a rule for its ratio to the model's.
 
+Where training stopped before the minimum, such a step is mostly further training, and too little damping lets it. What
+stopping early left is a regulariser of its own, so the damping is at least that (see `upweight.curvature.implicit_l2`).
+
 All dampings share one Krylov space: with ``H Q = Q T`` after Lanczos steps from the gradient b,
 ``(H + d I)^-1 b = |b| Q (T + d I)^-1 e_1`` for every d.
 """
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from upweight.curvature.exact import ExactCurvature
+from upweight.curvature.implicit_l2 import implicit_l2_of
 from upweight.errors import UpweightError
 from upweight.gradients.layers import from_parameters, to_parameters
 from upweight.task import Task
@@ -53,6 +57,7 @@ class AutoDamping:
         before: the halves' mean objective at the trained parameters.
         tried: {damping: the same after the step}.
         smallest: the smallest eigenvalue met.
+        implicit: the regulariser that the trained parameters betray; the damping is at least this.
         examples: training examples in a half.
     """
 
@@ -60,6 +65,7 @@ class AutoDamping:
     before: float
     tried: Mapping[float, float]
     smallest: float
+    implicit: float
     examples: int
 
     def summary(self) -> dict[str, Any]:
@@ -71,6 +77,7 @@ class AutoDamping:
             "objective_after": {f"{d:.3g}": value for d, value in self.tried.items()},
             "examples_of_a_half": self.examples,
             "smallest_eigenvalue": self.smallest,
+            "implicit_l2": self.implicit,
         }
 
 
@@ -82,7 +89,8 @@ def auto_damping(operator: ExactCurvature) -> AutoDamping:
     """
     objective = Halves(operator)
     steps = KrylovSteps.of(operator, objective.gradients())
-    low = max(SPAN[0] * steps.top, LEAST_OF_L2 * operator.l2, -INDEFINITE_MARGIN * min(steps.smallest, 0.0))
+    implicit, indefinite = implicit_l2_of(operator), -INDEFINITE_MARGIN * min(steps.smallest, 0.0)
+    low = max(SPAN[0] * steps.top, LEAST_OF_L2 * operator.l2, indefinite, implicit)
     low = low or 1e-12  # no curvature at all
     if not math.isfinite(steps.top):
         raise UpweightError(
@@ -97,8 +105,13 @@ def auto_damping(operator: ExactCurvature) -> AutoDamping:
     for damping in (best * GRID**0.5, best / GRID**0.5):
         if damping >= low:
             tried[damping] = objective.after(steps.at(damping))
-    value = max(low, float(f"{_refined(tried):.{DIGITS - 1}e}"))
-    return AutoDamping(value, objective.before, tried, steps.smallest, objective.size)
+    value = rounded(max(low, _refined(tried)))
+    return AutoDamping(value, objective.before, tried, steps.smallest, implicit, objective.size)
+
+
+def rounded(damping: float) -> float:
+    """To `DIGITS` significant digits."""
+    return float(f"{damping:.{DIGITS - 1}e}")
 
 
 def _descending(top: float, low: float) -> list[float]:

@@ -9,7 +9,8 @@ number of directions that the data determines,
     n theta^T (damping + l2) theta = sum_j s_j / (s_j + damping + l2) = effective dimension,
 
 s_j the eigenvalues of H without l2. The left side rises with the damping and the right side falls: there is exactly one
-such damping, or l2 alone is more than enough. Source: "Bayesian Interpolation" (MacKay 1992, eq. 4.8, a fixed point).
+such damping, or l2 alone is more than enough. It is no less than the regulariser that the weights betray (see
+`upweight.curvature.implicit_l2`). Source: "Bayesian Interpolation" (MacKay 1992, eq. 4.8, a fixed point).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-from upweight.curvature.auto_damping import DIGITS, LEAST_OF_L2, lanczos_quadrature
+from upweight.curvature.auto_damping import LEAST_OF_L2, lanczos_quadrature, rounded
 from upweight.curvature.exact import ExactCurvature
+from upweight.curvature.implicit_l2 import implicit_l2_of
 from upweight.gradients.layers import from_parameters
 
 BISECTIONS = 100
@@ -35,12 +37,14 @@ class EvidenceDamping:
         effective_dimension: directions that the data determines at this damping.
         squared_norm: ``|theta|^2`` of the tracked parameters.
         smallest: the smallest eigenvalue met.
+        implicit: the regulariser that the trained parameters betray; the damping is at least this.
     """
 
     value: float
     effective_dimension: float
     squared_norm: float
     smallest: float
+    implicit: float
 
     def summary(self) -> dict[str, Any]:
         """JSON-able, for a result's evidence."""
@@ -50,6 +54,7 @@ class EvidenceDamping:
             "effective_dimension": self.effective_dimension,
             "squared_norm": self.squared_norm,
             "smallest_eigenvalue": self.smallest,
+            "implicit_l2": self.implicit,
         }
 
 
@@ -63,11 +68,11 @@ def evidence_damping(operator: ExactCurvature) -> EvidenceDamping:
     named = {name: p.detach()[None].double() for name, p in operator.tracker.parameters.items()}
     theta = from_parameters(operator.tracker.layers, named)[0]
     squared, pull = float(theta.square().sum()), float(theta.square() @ operator.ridge.to(theta))
-    least = LEAST_OF_L2 * operator.l2 or 1e-12
-    value = _balance(data, weights, operator.examples, squared, pull, operator.l2, least)
-    value = max(least, float(f"{value:.{DIGITS - 1}e}"))
+    implicit = implicit_l2_of(operator)
+    least = max(LEAST_OF_L2 * operator.l2, implicit) or 1e-12
+    value = rounded(_balance(data, weights, operator.examples, squared, pull, operator.l2, least))
     return EvidenceDamping(
-        value, _determined(data, weights, value + operator.l2), squared, float(nodes.min())
+        value, _determined(data, weights, value + operator.l2), squared, float(nodes.min()), implicit
     )
 
 
