@@ -48,7 +48,9 @@ def minimised(model: nn.Module, data: tuple[Tensor, Tensor], l2: float) -> nn.Mo
     return model.eval()
 
 
-def betrayed(model: nn.Module, data: tuple[Tensor, Tensor], task: uw.Task, l2: float = 0.0, **options) -> float:
+def betrayed(
+    model: nn.Module, data: tuple[Tensor, Tensor], task: uw.Task, l2: float = 0.0, **options
+) -> float:
     examples = uw.Examples(data)
     return implicit_l2_of(ExactCurvature(Tracker(model, task, examples), examples, l2=l2, **options))
 
@@ -99,7 +101,9 @@ def test_automatic_damping_is_no_less(fisher):
             model.weight -= 0.01 * (p - F.one_hot(data[1], 3)).T @ data[0] / N
     model.eval()
     least = betrayed(model, data, uw.Classification())
-    method = uw.Influence(model, uw.Classification(), curvature="ggn", fisher=fisher, progress=False).fit(data)
+    method = uw.Influence(model, uw.Classification(), curvature="ggn", fisher=fisher, progress=False).fit(
+        data
+    )
     info = method.attribute((data[0][:2], data[1][:2])).info
     assert info["auto_damping"]["implicit_l2"] == pytest.approx(least, rel=1e-6)
     assert least > 1

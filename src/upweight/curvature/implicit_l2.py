@@ -2,8 +2,8 @@
 
 At a minimum of ``J(theta) + (lambda/2) |theta|^2`` the gradient of J alone is ``-lambda theta``. Gradient descent from
 small weights that stops after t steps at rate eta leaves nearly the same: in directions of curvature s << 1/(eta t) it
-has come to ``theta = -eta t grad J``, in the others there is no gradient left ("A Continuous-Time View of Early Stopping
-for Least Squares Regression", arXiv 1810.10082, where lambda = 1/(eta t)). Both are read off as
+has come to ``theta = -eta t grad J``, in the others there is no gradient left (where lambda = 1/(eta t) in "A
+Continuous-Time View of Early Stopping for Least Squares Regression", arXiv 1810.10082). Both are read off as
 
     lambda = |g|^2 / (-g . theta)        g = grad J(theta),
 
@@ -42,7 +42,7 @@ def implicit_l2(gradient: Tensor, theta: Tensor) -> float:
 
 
 def implicit_l2_of(operator: ExactCurvature) -> float:
-    """The same for the mean training loss and regulariser of a curvature: what is left beside the `l2` that it was told.
+    """The same for the mean training loss and regulariser of a curvature: what is left beside the `l2` that was told.
 
     Cost: one forward and backward pass over the training data.
     """
@@ -58,7 +58,12 @@ def implicit_l2_of(operator: ExactCurvature) -> float:
                 if g is not None:
                     t += g
     flat = [
-        from_parameters(tracker.layers, {name: v[None] for name, v in zip(parameters, vectors, strict=True)})[0]
-        for vectors in ([t / operator.examples for t in total], [p.detach().double() for p in parameters.values()])
+        from_parameters(tracker.layers, {name: v[None] for name, v in zip(parameters, vectors, strict=True)})[
+            0
+        ]
+        for vectors in (
+            [t / operator.examples for t in total],
+            [p.detach().double() for p in parameters.values()],
+        )
     ]
     return implicit_l2(flat[0] + operator.ridge.to(flat[1]) * flat[1], flat[1])
