@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import upweight as uw
-from upweight.curvature.exact import ExactCurvature
 from upweight.curvature.implicit_l2 import implicit_l2, implicit_l2_of
+from upweight.curvature.l2 import l2_vector
 from upweight.gradients import Tracker
 
 N, L2 = 80, 0.03
@@ -49,10 +49,11 @@ def minimised(model: nn.Module, data: tuple[Tensor, Tensor], l2: float) -> nn.Mo
 
 
 def betrayed(
-    model: nn.Module, data: tuple[Tensor, Tensor], task: uw.Task, l2: float = 0.0, **options
+    model: nn.Module, data: tuple[Tensor, Tensor], task: uw.Task, l2: float = 0.0, batch_size: int = 16
 ) -> float:
     examples = uw.Examples(data)
-    return implicit_l2_of(ExactCurvature(Tracker(model, task, examples), examples, l2=l2, **options))
+    tracker = Tracker(model, task, examples)
+    return implicit_l2_of(tracker, examples, batch_size, l2_vector(l2, tracker))
 
 
 def test_a_regulariser_that_was_not_told_is_found():
@@ -90,21 +91,41 @@ def test_nothing_is_claimed_where_the_weights_are_not_along_the_gradient():
     assert implicit_l2(torch.zeros(3), torch.ones(3)) == implicit_l2(torch.ones(3), torch.zeros(3)) == 0
 
 
-@pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
-def test_automatic_damping_is_no_less(fisher):
-    """A step that trains on lowers the objective most with no damping at all: it must not have the say."""
-    data = table(classes=3)
+def stopped_early(data: tuple[Tensor, Tensor]) -> nn.Module:
     model = zeros(3)
     with torch.no_grad():
         for _ in range(30):
             p = model(data[0]).softmax(1)
             model.weight -= 0.01 * (p - F.one_hot(data[1], 3)).T @ data[0] / N
-    model.eval()
+    return model.eval()
+
+
+EXACT = [("ggn", "exact"), ("ggn", "sampled"), ("ggn", "empirical"), ("hessian", "exact")]
+STRUCTURED = [("ekfac", "exact"), ("ekfac", "empirical"), ("kfac", "exact"), ("diagonal", "exact")]
+
+
+@pytest.mark.parametrize(("curvature", "fisher"), EXACT + STRUCTURED)
+def test_automatic_damping_is_no_less(curvature, fisher):
+    """A step that trains on lowers the objective most with no damping at all: it must not have the say."""
+    data = table(classes=3)
+    model = stopped_early(data)
     least = betrayed(model, data, uw.Classification())
-    method = uw.Influence(model, uw.Classification(), curvature="ggn", fisher=fisher, progress=False).fit(
-        data
-    )
-    info = method.attribute((data[0][:2], data[1][:2])).info
-    assert info["auto_damping"]["implicit_l2"] == pytest.approx(least, rel=1e-6)
+    method = uw.Influence(model, uw.Classification(), curvature=curvature, fisher=fisher, progress=False)
+    info = method.fit(data).attribute((data[0][:2], data[1][:2])).info
+    found = info["auto_damping"]["implicit_l2"] if (curvature, fisher) in EXACT else info["implicit_l2"]
+    assert found == pytest.approx(least, rel=1e-6)
     assert least > 1
-    assert info["damping"] >= 0.95 * least  # two digits
+    assert next(iter(info["layer_damping"].values())) >= 0.95 * least  # two digits
+
+
+def test_a_damping_that_was_named_and_networks_with_structured_curvature_are_left_alone():
+    data = table(classes=3)
+    query = (data[0][:2], data[1][:2])
+    for damping, expected in ((1e-3, 1e-3), ({"weight": 1e-4}, 1e-4)):
+        method = uw.Influence(stopped_early(data), uw.Classification(), damping=damping, progress=False)
+        found = method.fit(data).attribute(query).info["layer_damping"]
+        assert list(found.values()) == [expected]
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    method = uw.Influence(minimised(network, data, L2), uw.Classification(), progress=False).fit(data)
+    assert "implicit_l2" not in method.attribute(query).info

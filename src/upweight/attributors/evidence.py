@@ -49,7 +49,11 @@ def influence_info(method: Influence, fitted: Fitted) -> dict[str, Any]:
         else method.damping.describe(),
         "l2": describe_l2(method.l2),
         "layer_damping": fitted.curvature.damping(method.damping),
-        **{key: fitted.curvature.info[key] for key in ("auto_damping",) if key in fitted.curvature.info},
+        **{
+            key: fitted.curvature.info[key]
+            for key in ("auto_damping", "implicit_l2")
+            if key in fitted.curvature.info
+        },
         "higher_is_better": method.task.higher_is_better,
         "convention": "positive = proponent: removing the training example is predicted to make the query worse",
         "coverage": {

@@ -18,6 +18,7 @@ from upweight.cache import Cache, CachePass, SavedCurvature, shard_examples
 from upweight.curvature import Curvature, fit_curvature
 from upweight.curvature.datainf import DataInfCurvature
 from upweight.curvature.exact import EXACT_KINDS
+from upweight.curvature.implicit_l2 import implicit_l2_of
 from upweight.curvature.operators import Kronecker
 from upweight.curvature.solved import SolvedCurvature
 from upweight.data import Examples, signature
@@ -152,6 +153,8 @@ def fit_influence(
         curvature, fitted_from = _fit_curvature(
             method, tracker, examples, training, fisher, columns, size, saved, keeper
         )
+        if len(tracker.layers) == 1 and method.curvature != "identity":
+            curvature.info["implicit_l2"] = implicit_l2_of(tracker, examples, size)
         if keeper is not None:
             layers = {name: curvature.layers[name] for name in keeper.layers}
             rotated = {name: layer for name, layer in layers.items() if isinstance(layer, Kronecker)}

@@ -89,7 +89,8 @@ def auto_damping(operator: ExactCurvature) -> AutoDamping:
     """
     objective = Halves(operator)
     steps = KrylovSteps.of(operator, objective.gradients())
-    implicit, indefinite = implicit_l2_of(operator), -INDEFINITE_MARGIN * min(steps.smallest, 0.0)
+    implicit = implicit_l2_of(operator.tracker, operator.data, operator.batch_size, operator.ridge)
+    indefinite = -INDEFINITE_MARGIN * min(steps.smallest, 0.0)
     low = max(SPAN[0] * steps.top, LEAST_OF_L2 * operator.l2, indefinite, implicit)
     low = low or 1e-12  # no curvature at all
     if not math.isfinite(steps.top):

@@ -32,8 +32,9 @@ class Curvature:
     def damping(self, damping: Damping) -> dict[str, float]:
         """The damping of every layer, from its raw eigenvalues."""
         damping.check_layers(list(self.layers))
+        least = self.info.get("implicit_l2", 0.0)
         return {
-            name: damping.resolve(name, float(c.eigenvalues.mean()), float(c.eigenvalues.max()))
+            name: damping.resolve(name, float(c.eigenvalues.mean()), float(c.eigenvalues.max()), least)
             for name, c in self.layers.items()
         }
 

@@ -2,9 +2,10 @@
 
 Small damping trusts the curvature in directions that the training data hardly determines, where a score can blow up;
 large damping tends to plain gradient inner products. ``"auto"`` is a tenth of each layer's mean eigenvalue for
-structured curvatures, the rule that most EK-FAC work uses, and for exact ones the damping whose steps lower the real
-objective the most (see `upweight.curvature.auto_damping`); a number is the same absolute damping for all layers, which
-makes the result one ``(H + damping I)^-1``.
+structured curvatures, the rule that most EK-FAC work uses (of a single layer, where they are nearly exact, no less than
+the regulariser that its weights betray, see `upweight.curvature.implicit_l2`), and for exact ones the damping whose
+steps lower the real objective the most (see `upweight.curvature.auto_damping`); a number is the same absolute damping
+for all layers, which makes the result one ``(H + damping I)^-1``.
 """
 
 from __future__ import annotations
@@ -78,16 +79,17 @@ class Damping:
             f"damping={damping!r}, expected 'auto', a number, '0.1 mean', '0.01 top' or {{layer: number}} -> try 'auto'"
         )
 
-    def resolve(self, layer: str, mean: float, top: float = 0.0) -> float:
-        """The damping of one layer with this mean and this largest eigenvalue."""
+    def resolve(self, layer: str, mean: float, top: float = 0.0, least: float = 0.0) -> float:
+        """The damping of one layer with this mean and this largest eigenvalue; an automatic one is at least `least`."""
         for name, damping in self.layers:
             if name == layer:
-                return damping.resolve(layer, mean, top)
+                return damping.resolve(layer, mean, top, least)
         if not self.relative:
             return float(self.value)
         scale = top if self.relative == "top" else mean
         # A layer without any curvature has no gradient either: any damping gives its zero scores.
-        return self.value * scale if scale > 0 else 1.0
+        found = self.value * scale if scale > 0 else 1.0
+        return max(found, least) if self.auto else found
 
     def describe(self) -> float | str:
         """The rule in words, or the number."""

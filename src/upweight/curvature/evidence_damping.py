@@ -68,7 +68,7 @@ def evidence_damping(operator: ExactCurvature) -> EvidenceDamping:
     named = {name: p.detach()[None].double() for name, p in operator.tracker.parameters.items()}
     theta = from_parameters(operator.tracker.layers, named)[0]
     squared, pull = float(theta.square().sum()), float(theta.square() @ operator.ridge.to(theta))
-    implicit = implicit_l2_of(operator)
+    implicit = implicit_l2_of(operator.tracker, operator.data, operator.batch_size, operator.ridge)
     least = max(LEAST_OF_L2 * operator.l2, implicit) or 1e-12
     value = rounded(_balance(data, weights, operator.examples, squared, pull, operator.l2, least))
     return EvidenceDamping(

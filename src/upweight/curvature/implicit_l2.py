@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from upweight.curvature.exact import ExactCurvature
+from upweight.data import Examples
+from upweight.gradients import Tracker
 from upweight.gradients.layers import from_parameters
 
 ALIGNED = 0.2
@@ -41,29 +42,25 @@ def implicit_l2(gradient: Tensor, theta: Tensor) -> float:
     return float(gradient @ gradient) / along
 
 
-def implicit_l2_of(operator: ExactCurvature) -> float:
-    """The same for the mean training loss and regulariser of a curvature: what is left beside the `l2` that was told.
+def implicit_l2_of(
+    tracker: Tracker, examples: Examples, batch_size: int, ridge: Tensor | None = None
+) -> float:
+    """The same for the mean training loss of a model, and the regulariser [p] that is known: what is left beside it.
 
     Cost: one forward and backward pass over the training data.
     """
-    tracker = operator.tracker
     parameters = tracker.parameters
-    total = [torch.zeros_like(p, dtype=torch.float64) for p in parameters.values()]
+    mean = {name: torch.zeros_like(p, dtype=torch.float64)[None] for name, p in parameters.items()}
     with torch.inference_mode(False), torch.enable_grad():
-        for rows in operator.data.batches(operator.batch_size):
+        for rows in examples.batches(batch_size):
             with tracker.quietly():
                 loss = tracker.task.train_loss(tracker.model, tracker.move(rows.batch)).sum()
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for t, g in zip(total, found, strict=True):
+            for name, g in zip(parameters, found, strict=True):
                 if g is not None:
-                    t += g
-    flat = [
-        from_parameters(tracker.layers, {name: v[None] for name, v in zip(parameters, vectors, strict=True)})[
-            0
-        ]
-        for vectors in (
-            [t / operator.examples for t in total],
-            [p.detach().double() for p in parameters.values()],
-        )
-    ]
-    return implicit_l2(flat[0] + operator.ridge.to(flat[1]) * flat[1], flat[1])
+                    mean[name][0] += g / examples.n
+    gradient = from_parameters(tracker.layers, mean)[0]
+    theta = from_parameters(
+        tracker.layers, {name: p.detach().double()[None] for name, p in parameters.items()}
+    )[0]
+    return implicit_l2(gradient if ridge is None else gradient + ridge.to(theta) * theta, theta)
