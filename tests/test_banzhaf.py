@@ -11,6 +11,7 @@ from torch import nn
 import upweight as uw
 from upweight.attributors.pull import added, gradient
 from upweight.curvature.balanced_damping import balanced_damping, log_ratio
+from upweight.task import OutputTask
 
 N, L2 = 6, 0.3
 
@@ -381,6 +382,13 @@ def test_a_damping_is_searched_for_within_bounds():
     assert balanced_damping(lambda d: (0.1, 0.06), 1.0, 0.0)[0] == 0.0  # not significant
     with pytest.raises(uw.UpweightError, match="removals are larger"):
         balanced_damping(lambda d: (0.7, 0.01), 1.0, 1e-3)
+    # Only the largest damping comes near: it is taken, and the ratio that is told is its own.
+    far, (found, _) = balanced_damping(lambda d: (math.log(50) if d < 1e6 else 0.2, 0.01), 1.0, 1e-8)
+    assert far >= 1e6
+    assert found == pytest.approx(math.exp(0.2))
+    for sizes in ([0.0, 0.0], [math.nan, 1.0]):
+        with pytest.raises(uw.UpweightError, match="removals change other examples by"):
+            log_ratio(torch.tensor(sizes), torch.ones(3))
     assert (
         balanced_damping(lambda d: (0.2, 0.01), 1.0, 0.0)[0] == 0.0
     )  # no damping changes it, and it is near 1
@@ -443,3 +451,72 @@ def test_it_works_in_inference_mode():
             uw.BanzhafInfluence(network(), uw.Classification(), **options).fit(data).attribute(data).values
         )
     assert torch.allclose(plain, again)
+
+
+def test_models_that_stopped_early_get_a_large_damping():
+    """Gradient descent of 3 steps knows no curvature: whatever is near 1 only at the largest damping takes it."""
+    torch.manual_seed(0)
+    x = torch.randn(80, 60, dtype=torch.float64)
+    y = x @ torch.randn(60, 1, dtype=torch.float64) + torch.randn(80, 1, dtype=torch.float64)
+
+    def stopped(ids):
+        w = torch.zeros(60, 1, dtype=torch.float64)
+        for _ in range(3):
+            w -= 0.05 * x[ids].T @ (x[ids] @ w - y[ids]) / len(ids)
+        return w
+
+    for seed in range(4):
+        ids = torch.randperm(80, generator=torch.Generator().manual_seed(seed))[:40].sort().values.tolist()
+        method = uw.BanzhafInfluence(
+            nn.Linear(60, 1, bias=False).double(),
+            uw.Regression(measurement="prediction"),
+            checkpoints=[{"weight": stopped(ids).T}],
+            subsets=[ids],
+            progress=False,
+        ).fit((x, y))
+        scores = method.attribute((x[:10], y[:10])).values
+        w = stopped(ids)
+        real = torch.stack(
+            [
+                (x[:10] @ (w - stopped(sorted({*ids} ^ {i}))))[:, 0] * (1 if i in ids else -1)
+                for i in range(80)
+            ],
+            1,
+        )
+        found, real = (v - v.mean(1, keepdim=True) for v in (scores, real))
+        cosine = (found * real).sum(1) / (found.norm(dim=1) * real.norm(dim=1))
+        assert float(cosine.abs().min()) > 0.9
+
+
+def test_self_influence_is_refused_with_the_way_out():
+    data = classified()
+    method = uw.BanzhafInfluence(
+        network(),
+        uw.Classification(),
+        checkpoints=[network()],
+        subsets=[range(10)],
+        l2=0.1,
+        damping=0.1,
+        progress=False,
+    ).fit(data)
+    with pytest.raises(uw.UpweightError, match="no self-influence"):
+        method.self_influence()
+
+
+def test_a_task_without_the_curvature_of_its_loss_is_refused():
+    class Own(OutputTask):
+        pass
+
+    own = Own("loss", {"loss": (lambda outputs, targets: outputs.sum(1), False, "")}, None, None)
+    with pytest.raises(uw.UpweightError, match="has no hessian_root"):
+        uw.BanzhafInfluence(network(), own, checkpoints=[network()], subsets=[range(10)], l2=0.1)
+
+
+def test_many_models_share_the_memory():
+    data = classified()
+    options = {"l2": 0.1, "damping": 0.1, "progress": False, "memory": 4_000_000}
+    one = {"checkpoints": [network()], "subsets": [range(10)]}
+    uw.BanzhafInfluence(network(), uw.Classification(), **one, **options).fit(data)
+    many = {"checkpoints": [network()] * 2000, "subsets": [range(10)] * 2000}
+    with pytest.raises(uw.UpweightError, match="beside 1999 other models"):
+        uw.BanzhafInfluence(network(), uw.Classification(), **many, **options).fit(data)

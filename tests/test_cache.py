@@ -145,7 +145,7 @@ def test_indexed_rows_give_the_products_of_what_they_hold(
     whitened = torch.randn(rows, blocks * BLOCK) * torch.rand(rows, 1).exp() * 100
     query = torch.randn(5, blocks * BLOCK)
     held = IndexedRows.rounded(whitened, whitened.square().sum(1), precision)
-    found, exact = WhitenedQueries.of(query) @ held, query @ whitened.T
+    found, exact = WhitenedQueries(query) @ held, query @ whitened.T
     assert float((found - exact).norm() / exact.norm()) < (0.02 if precision == "int8" else 0.01)
 
 
@@ -153,7 +153,7 @@ def test_indexed_rows_give_the_products_of_what_they_hold(
 def test_rows_that_are_kept_unpacked_are_the_same(precision):
     whitened = torch.randn(7, 2 * BLOCK) * torch.rand(7, 1).exp() * 100
     held = IndexedRows.rounded(whitened, whitened.square().sum(1), precision)
-    query = WhitenedQueries.of(torch.randn(5, 2 * BLOCK))
+    query = WhitenedQueries(torch.randn(5, 2 * BLOCK))
     unpacked = held.unpacked(torch.float32)
     torch.testing.assert_close(query @ unpacked.T, query @ held, rtol=1e-5, atol=1e-3)
     assert torch.equal(unpacked.self_influence, held.self_influence)

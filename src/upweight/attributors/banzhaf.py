@@ -35,7 +35,7 @@ from upweight.errors import UpweightError
 from upweight.fingerprint import model_fingerprint
 from upweight.gradients.select import ParameterFilter
 from upweight.progress import progress_bar
-from upweight.scores import Scores
+from upweight.scores import Scores, SelfInfluence
 from upweight.task import OutputTask, Task
 
 
@@ -120,11 +120,18 @@ class BanzhafInfluence(Attributor):
                 f"task is {type(task).__name__}, expected Classification, BinaryClassification or Regression: the "
                 "effect of adding an example is found from the model's outputs -> Ensemble(method='ekfac') for others"
             )
+        if type(task).hessian_root is OutputTask.hessian_root:
+            raise UpweightError(
+                f"{type(task).__name__} has no hessian_root, the curvature of its loss in the outputs -> define it, or "
+                "Ensemble(method='ekfac')"
+            )
         if task.mask is not None:
             raise UpweightError("a task with a mask has no fixed number of outputs an example -> Ensemble")
         number = 0.0 if isinstance(damping, str) and damping == "auto" else damping
         for name, value in (("l2", l2), ("damping", number)):
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            if isinstance(value, bool) or not (
+                isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+            ):
                 raise UpweightError(f"{name}={value!r}, expected a finite number, 0 or above -> {name}=1e-3")
         automatic = isinstance(damping, str)
         if not automatic and l2 + float(number) <= 0:
@@ -169,7 +176,10 @@ class BanzhafInfluence(Attributor):
             for number, chosen in enumerate(inside):
                 model = copy.deepcopy(self.model)
                 load_checkpoint(model, read_checkpoint(self.checkpoints[number], number), number)
-                members.append(OutputSpace(self, model, examples, chosen, self.l2, self.damping, keep))
+                others = len(inside) - 1
+                members.append(
+                    OutputSpace(self, model, examples, chosen, self.l2, self.damping, keep, others)
+                )
                 advance(1)
         self._remember(examples)
         self._members = members
@@ -223,6 +233,18 @@ class BanzhafInfluence(Attributor):
         }
         unit = None if self.equal else self.task.unit
         return Scores(mean_of(found).to(source.dtype), queries.ids, examples.ids, unit, info)
+
+    def self_influence(self) -> SelfInfluence:
+        """Refused: an example is inside some of the subsets and outside others, and has no one loss of its own.
+
+        Raises:
+            UpweightError: always.
+        """
+        self._ready()
+        raise UpweightError(
+            "Banzhaf influence has no self-influence -> Influence(...).self_influence(), or the training data as "
+            "queries: attribute(train).values.diagonal()"
+        )
 
     def _of_member(self, member: OutputSpace, queries: Examples) -> Tensor:
         """One model's scores [query, train], a panel of queries after the other."""

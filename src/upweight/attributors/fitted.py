@@ -18,7 +18,7 @@ from upweight.cache import Cache, CachePass, SavedCurvature, shard_examples
 from upweight.curvature import Curvature, fit_curvature
 from upweight.curvature.datainf import DataInfCurvature
 from upweight.curvature.exact import EXACT_KINDS
-from upweight.curvature.implicit_l2 import implicit_l2_of
+from upweight.curvature.implicit_l2 import implicit_l2_of_layer
 from upweight.curvature.operators import Kronecker
 from upweight.curvature.solved import SolvedCurvature
 from upweight.data import Examples, signature
@@ -154,12 +154,14 @@ def fit_influence(
             method, tracker, examples, training, fisher, columns, size, saved, keeper
         )
         if len(tracker.layers) == 1 and method.curvature != "identity":
-            curvature.info["implicit_l2"] = implicit_l2_of(tracker, examples, size)
+            curvature.info["implicit_l2"] = implicit_l2_of_layer(curvature, tracker, examples, size)
         if keeper is not None:
             layers = {name: curvature.layers[name] for name in keeper.layers}
             rotated = {name: layer for name, layer in layers.items() if isinstance(layer, Kronecker)}
         if cache is not None and cache.precision == "index":
             index = _build_index(method, tracker, examples, curvature, fisher, cache, example_bytes)
+            if isinstance(training, Kept):
+                training.release()  # the index answers from now on
     return Fitted(
         tracker=tracker,
         examples=examples,

@@ -63,6 +63,7 @@ class OutputSpace:
         l2: the training's.
         damping: added to it; None for the one at which examples inside and outside matter alike.
         keep: bytes of Jacobians that may stay in memory.
+        others: models of other subsets that share the memory.
 
     Attributes:
         size: m, examples of the subset.
@@ -80,6 +81,7 @@ class OutputSpace:
         l2: float,
         damping: float | None,
         keep: float = 0,
+        others: int = 0,
     ) -> None:
         self.examples, self.inside, self.l2 = examples, inside, l2
         assert isinstance(method.task, OutputTask)
@@ -88,7 +90,7 @@ class OutputSpace:
         self.tracker = self.source.tracker
         self.size = int(inside.sum())
         self.width = math.prod(self.tracker.output_shape or ())
-        self._check_memory(method.memory)
+        self._check_memory(method.memory, others)
         self.outputs, self.targets = self._forward()
         size = min(self.source.batch_size, max(1, TILE_ROWS // self.width))
         columns = FisherPass(self.tracker, examples, size, "exact", 1, 0)
@@ -296,14 +298,16 @@ class OutputSpace:
                     )
         return torch.cat(outputs), torch.cat(targets)
 
-    def _check_memory(self, memory: int) -> None:
+    def _check_memory(self, memory: int, others: int) -> None:
         rows, n = self.size * self.width, self.examples.n
         tile = max(TILE_ROWS, self.width * (self.examples.preferred_batch_size or 1))
         numbers = 3 * rows * rows + 2 * rows * n + 4 * rows * tile + 3 * n * self.width
-        needed = 8 * numbers + rows * self.source.example_bytes
+        held = others * 8 * (rows + self.width) * n  # what each of them has learned
+        needed = 8 * numbers + rows * self.source.example_bytes + held
         if needed > memory:
+            beside = f" beside {others} other models" if others else ""
             raise UpweightError(
-                f"{self.size} examples of {self.width} outputs need {needed / 2**20:,.0f} MB here, memory is "
+                f"{self.size} examples of {self.width} outputs need {needed / 2**20:,.0f} MB here{beside}, memory is "
                 f"{memory / 2**20:,.0f} MB -> memory= if there is more, smaller subsets, or Ensemble with "
                 "method='ekfac'"
             )

@@ -12,14 +12,13 @@ Levenberg (1944) and Marquardt (1963), by the objective itself instead of a rule
 Where training stopped before the minimum, such a step is mostly further training, and too little damping lets it. What
 stopping early left is a regulariser of its own, so the damping is at least that (see `upweight.curvature.implicit_l2`).
 
-All dampings share one Krylov space: with ``H Q = Q T`` after Lanczos steps from the gradient b,
-``(H + d I)^-1 b = |b| Q (T + d I)^-1 e_1`` for every d.
+All dampings share one Krylov space (see `upweight.curvature.krylov`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from upweight.curvature.exact import ExactCurvature
-from upweight.curvature.implicit_l2 import implicit_l2_of
+from upweight.curvature.implicit_l2 import implicit_l2_beside
+from upweight.curvature.krylov import KrylovSteps
 from upweight.errors import UpweightError
 from upweight.gradients.layers import from_parameters, to_parameters
 from upweight.task import Task
 
 PAIRS = 2
 """Random halves and their complements that the objective is evaluated on."""
-STEPS = 32
-"""Lanczos steps from each of their gradients."""
 GRID = 10**0.5
 """Ratio of one damping that is tried to the next."""
 SPAN = 1e-6, 10.0
@@ -84,12 +82,12 @@ class AutoDamping:
 def auto_damping(operator: ExactCurvature) -> AutoDamping:
     """The damping with the lowest objective after the step, on a grid, refined by a parabola in log damping.
 
-    Cost: `STEPS` products of H with four vectors, and some ten forward passes over the training data for each half and
-    its complement together.
+    Cost: 32 products of H with four vectors and with two, a forward and backward pass over the training data, and some
+    ten forward passes for each half and its complement together.
     """
     objective = Halves(operator)
     steps = KrylovSteps.of(operator, objective.gradients())
-    implicit = implicit_l2_of(operator.tracker, operator.data, operator.batch_size, operator.ridge)
+    implicit = implicit_l2_beside(operator)
     indefinite = -INDEFINITE_MARGIN * min(steps.smallest, 0.0)
     low = max(SPAN[0] * steps.top, LEAST_OF_L2 * operator.l2, indefinite, implicit)
     low = low or 1e-12  # no curvature at all
@@ -98,7 +96,7 @@ def auto_damping(operator: ExactCurvature) -> AutoDamping:
             "damping='auto' finds no curvature, expected losses that are not all zero to rounding -> name a damping"
         )
     tried: dict[float, float] = {}
-    for damping in _descending(max(SPAN[1] * steps.top, low), low):
+    for damping in [*_descending(max(SPAN[1] * steps.top, low), low), low]:
         tried[damping] = objective.after(steps.at(damping))
         if min(list(tried.values())[-2:]) > min(tried.values()):  # twice in a row worse than the best
             break
@@ -106,13 +104,17 @@ def auto_damping(operator: ExactCurvature) -> AutoDamping:
     for damping in (best * GRID**0.5, best / GRID**0.5):
         if damping >= low:
             tried[damping] = objective.after(steps.at(damping))
-    value = rounded(max(low, _refined(tried)))
+    value = rounded(_refined(tried), low)
     return AutoDamping(value, objective.before, tried, steps.smallest, implicit, objective.size)
 
 
-def rounded(damping: float) -> float:
-    """To `DIGITS` significant digits."""
-    return float(f"{damping:.{DIGITS - 1}e}")
+def rounded(damping: float, least: float) -> float:
+    """To `DIGITS` significant digits, and upwards where it would be less than `least`."""
+    found = float(f"{damping:.{DIGITS - 1}e}")
+    if found >= least:
+        return found
+    unit = 10.0 ** (math.floor(math.log10(least)) - DIGITS + 1)
+    return float(f"{math.ceil(least / unit) * unit:.{DIGITS - 1}e}")
 
 
 def _descending(top: float, low: float) -> list[float]:
@@ -213,100 +215,3 @@ class PerExampleLoss(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self.task.train_loss(self.model, batch)
-
-
-# Steps for every damping -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class KrylovSteps:
-    """``(H + d I)^-1 b`` of several b for every d, from the Krylov space of each.
-
-    Attributes:
-        basis: Lanczos vectors Q, one [p, k] a step.
-        tridiagonal: T of every b, [k, steps, steps].
-        norms: |b| [k].
-        top: the largest eigenvalue of H that was met.
-        smallest: the smallest.
-    """
-
-    basis: Sequence[Tensor]
-    tridiagonal: Tensor
-    norms: Tensor
-    top: float
-    smallest: float
-
-    @classmethod
-    def of(cls, operator: ExactCurvature, b: Tensor, steps: int = STEPS) -> KrylovSteps:
-        """The Krylov spaces of b [p, k]: all advance together, one product a step, with full reorthogonalisation."""
-        norms = torch.linalg.vector_norm(b, dim=0)
-        basis, T = lanczos(operator, b / norms.clamp_min(1e-300), steps)
-        values = torch.linalg.eigvalsh(T)
-        return cls(basis, T, norms, float(values.max()), float(values.min()))
-
-    def at(self, damping: float) -> Tensor:
-        """``(H + damping I)^-1 b`` [p, k]."""
-        count = self.tridiagonal.shape[-1]
-        first = torch.zeros(len(self.norms), count, 1, dtype=self.tridiagonal.dtype, device=self.norms.device)
-        first[:, 0, 0] = self.norms
-        damped = self.tridiagonal + damping * torch.eye(count).to(self.tridiagonal)
-        weights = torch.linalg.solve(damped, first)[..., 0]  # [k, steps]
-        return sum((q * weights[:, j] for j, q in enumerate(self.basis)), torch.zeros_like(self.basis[0]))
-
-
-def lanczos(operator: ExactCurvature, q: Tensor, steps: int) -> tuple[list[Tensor], Tensor]:
-    """Lanczos vectors, one [p, k] a step, and tridiagonals [k, steps, steps], from unit vectors q [p, k].
-
-    A space that is exhausted before the others goes on with zero vectors and zero couplings.
-    """
-    steps = min(steps, operator.size)
-    basis, alphas, betas = [q], [], []
-    for step in range(steps):
-        w = operator.product(basis[-1])
-        alphas.append((w * basis[-1]).sum(0))
-        for _ in range(2):
-            for v in basis:
-                w = w - v * (v * w).sum(0)
-        beta = torch.linalg.vector_norm(w, dim=0)
-        scale = torch.stack(alphas).abs().amax(0).clamp_min(1e-300)
-        beta = torch.where(beta > 1e-10 * scale, beta, torch.zeros_like(beta))
-        if step + 1 == steps or not bool(beta.any()):
-            break
-        betas.append(beta)
-        basis.append(torch.where(beta > 0, w / beta.clamp_min(1e-300), torch.zeros_like(w)))
-    T = torch.diag_embed(torch.stack(alphas, 1))
-    if betas:
-        off = torch.diag_embed(torch.stack(betas, 1), 1)
-        T = T + off + off.mT
-    return basis, T
-
-
-# The spectrum in passing -----------------------------------------------------------------------------------------
-
-
-def lanczos_quadrature(
-    operator: ExactCurvature, probes: int = 4, steps: int = STEPS
-) -> tuple[Tensor, Tensor]:
-    """Nodes and weights with ``sum weights f(nodes) ~= trace f(H)``: stochastic Lanczos quadrature.
-
-    Source: "Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature" (Ubaru, Chen, Saad 2017).
-    """
-    p = operator.size
-    signs = torch.randint(0, 2, (p, probes), generator=torch.Generator().manual_seed(0))
-    _, T = lanczos(operator, (2.0 * signs.double() - 1).to(operator.tracker.device) / p**0.5, steps)
-    values, vectors = torch.linalg.eigh(T)
-    return values.flatten(), (vectors[:, 0].square() * p / probes).flatten()
-
-
-def trace(operator: ExactCurvature) -> float:
-    """The trace of H, by the squared columns of a Gauss-Newton matrix exactly, else by Lanczos quadrature."""
-    exact = operator.trace()
-    if exact is not None:
-        return exact
-    nodes, weights = lanczos_quadrature(operator)
-    return float((nodes * weights).sum())
-
-
-def top_eigenvalue(operator: ExactCurvature) -> float:
-    """The largest eigenvalue of H, by Lanczos from several random vectors."""
-    return float(lanczos_quadrature(operator, probes=2)[0].max())

@@ -7,7 +7,8 @@ makes additions too large, so that their ratio falls as the damping grows and is
 No retraining is needed to see it.
 
 Of a sample of examples the ratio is known up to its standard error, and where many examples share few directions it
-hardly moves with the damping: if the least damping is within three standard errors of 1, or below, it stays.
+hardly moves with the damping: if the least damping is within three standard errors of 1, or below, it stays. Where
+training stopped so early that only the largest damping that is tried comes near 1, that one is taken.
 """
 
 from __future__ import annotations
@@ -33,8 +34,18 @@ ALIKE = 1.25
 
 
 def log_ratio(removals: Tensor, additions: Tensor) -> tuple[float, float]:
-    """``log(mean removals / mean additions)`` of sizes [k] and [l], and its standard error."""
+    """``log(mean removals / mean additions)`` of sizes [k] and [l], and its standard error.
+
+    Raises:
+        UpweightError: all of one kind are zero, or one is not finite.
+    """
     means = removals.mean(), additions.mean()
+    for name, mean in zip(("removals", "additions"), means, strict=True):
+        if not 0 < float(mean) < math.inf:
+            raise UpweightError(
+                f"{name} change other examples by {float(mean):.3g} in the mean, expected a finite number above 0 -> "
+                "give damping= a number; or look for outputs that are constant, fitted exactly, or not finite"
+            )
     parts = [
         (v.var() / len(v) / m**2) if len(v) > 1 else m * 0
         for v, m in zip((removals, additions), means, strict=True)
@@ -56,16 +67,16 @@ def balanced_damping(
         The damping, and the ratio there with its standard error. Warns where it is far from 1.
 
     Raises:
-        UpweightError: removals are the larger ones up to very large dampings.
+        UpweightError: removals are the larger ones up to very large dampings, or nothing changes anything.
 
     Example:
         >>> damping, (found, _) = balanced_damping(lambda d: (math.log(0.03 / d), 0.1), 1.0, 1e-9)
         >>> round(damping / 0.03, 1), round(found, 1)
         (1.0, 1.0)
     """
-    now = ratio(least)
-    if now[0] <= SIGNIFICANT * now[1]:
-        return least, _told(now)
+    first = now = ratio(least)
+    if first[0] <= SIGNIFICANT * first[1]:
+        return least, _told(first)
     low, high = least, max(start, least)
     for _ in range(MOST):
         now = ratio(high)
@@ -73,8 +84,10 @@ def balanced_damping(
             break
         low, high = high, high * FACTOR
     else:
-        if now[0] <= max(math.log(ALIKE), SIGNIFICANT * now[1]):
-            return least, _told(now)
+        unmoved = first[0] - now[0] <= SIGNIFICANT * math.hypot(first[1], now[1])
+        damping, (size, error) = (least, first) if unmoved else (high, now)
+        if size <= max(math.log(ALIKE), SIGNIFICANT * error):
+            return damping, _told((size, error))
         raise UpweightError(
             f"removals are larger than additions up to a damping of {high:.3g}, so that none makes examples inside and "
             "outside the subsets alike -> check that each subset is what its model was trained on, or damping="

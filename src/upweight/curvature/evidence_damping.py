@@ -20,9 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from upweight.curvature.auto_damping import LEAST_OF_L2, lanczos_quadrature, rounded
+from upweight.curvature.auto_damping import LEAST_OF_L2, rounded
 from upweight.curvature.exact import ExactCurvature
-from upweight.curvature.implicit_l2 import implicit_l2_of
+from upweight.curvature.implicit_l2 import implicit_l2_beside
+from upweight.curvature.krylov import lanczos_quadrature
 from upweight.gradients.layers import from_parameters
 
 BISECTIONS = 100
@@ -61,16 +62,16 @@ class EvidenceDamping:
 def evidence_damping(operator: ExactCurvature) -> EvidenceDamping:
     """The damping of the highest evidence, rounded to two digits; at least a thousandth of l2.
 
-    Cost: 32 products of H with four vectors.
+    Cost: 32 products of H with four vectors and with two, and a forward and backward pass over the training data.
     """
     nodes, weights = lanczos_quadrature(operator)
     data = (nodes - operator.l2).clamp_min(0)
     named = {name: p.detach()[None].double() for name, p in operator.tracker.parameters.items()}
     theta = from_parameters(operator.tracker.layers, named)[0]
     squared, pull = float(theta.square().sum()), float(theta.square() @ operator.ridge.to(theta))
-    implicit = implicit_l2_of(operator.tracker, operator.data, operator.batch_size, operator.ridge)
+    implicit = implicit_l2_beside(operator)
     least = max(LEAST_OF_L2 * operator.l2, implicit) or 1e-12
-    value = rounded(_balance(data, weights, operator.examples, squared, pull, operator.l2, least))
+    value = rounded(_balance(data, weights, operator.examples, squared, pull, operator.l2, least), least)
     return EvidenceDamping(
         value, _determined(data, weights, value + operator.l2), squared, float(nodes.min()), implicit
     )

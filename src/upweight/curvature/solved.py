@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from upweight.budget import PANEL_SHARE
-from upweight.curvature.auto_damping import auto_damping, top_eigenvalue, trace
+from upweight.curvature.auto_damping import auto_damping
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.damping import Damping
 from upweight.curvature.evidence_damping import evidence_damping
 from upweight.curvature.exact import ExactCurvature
+from upweight.curvature.krylov import top_eigenvalue, trace
 from upweight.curvature.solvers.base import Preconditioner, SolveInfo, Solver
 from upweight.curvature.solvers.direct import Direct
 from upweight.curvature.solvers.sketch import Sketch

@@ -40,6 +40,11 @@ TILE_BYTES = 12 << 20
 """Largest temporary of a route: small enough to stay near the processor's caches, large enough for full speed."""
 FORMED_BYTES = 28 << 20
 """The same where gradients are formed for one product: it needs many at a time, in memory that malloc uses again."""
+THIN = 32
+"""A matrix product whose narrowest side is w runs at w / (w + THIN) of the rate of a large one. Measured."""
+REDUCED = 16
+"""Multiplying the stream route's products by the left factors and summing them takes as long as to read them so many
+times. Measured."""
 SEPARABLE_QUERIES, SEPARABLE_TRAIN = 384, 256
 """Queries and training examples whose products are formed at a time in the separable route."""
 
@@ -57,6 +62,10 @@ class Rates:
     gemm: float
     batched: float
     bandwidth: float
+
+    def of_width(self, width: int) -> float:
+        """FLOP/s of a product with this narrowest side."""
+        return self.gemm * width / (width + THIN)
 
 
 @lru_cache(maxsize=8)
@@ -138,7 +147,9 @@ class Router:
         item = train.pieces[0].rows.element_size()
         form = 2 * positions * size * n / (rates.batched if positions > 1 else rates.gemm)
         form += 2 * size * n * item / rates.bandwidth
-        product = 2 * size * q * n / rates.gemm
+        tile = min(n, max(1, FORMED_BYTES // example_bytes(train)))
+        product = 2 * size * q * n / rates.of_width(min(q, tile))
+        product += -(-n // tile) * 2 * q * size * item / rates.bandwidth  # every tile meets all queries anew
         costs: dict[Route, float] = {"dense": form + product}
         if isinstance(query, Factored):
             q_positions = query.positions
@@ -146,9 +157,8 @@ class Router:
             costs["ghost"] = 2 * pairs * (rows + cols) / rates.gemm + 4 * pairs * item / rates.bandwidth
             costs["dense"] += 2 * q_positions * size * q / rates.batched
         elif isinstance(query, Dense):
-            traffic = 3 * q * n * positions * groups * rows * item / rates.bandwidth
-            # Measured: its products, of which every query has its own, run at half the rate of one large product.
-            costs["stream"] = 2 * positions * size * q * n / rates.batched + traffic
+            products = q * n * positions * groups * rows * item
+            costs["stream"] = 2 * positions * size * q * n / rates.gemm + REDUCED * products / rates.bandwidth
         return costs
 
     def _separable(self, name: str, query: Spectral) -> bool:
