@@ -72,8 +72,10 @@ def test_a_log_of_margins_needs_no_checkpoints(case):
     (x, y), _, _, model, _ = case
     log, ids = uw.AUM.log(), [f"image {i}" for i in range(len(y))]
     log.record(ids, model(x), y)
-    table = uw.audit(model, uw.Classification(), (x, y), kinds=["label"], log=log, ids=ids, **QUIET)
-    assert table.info["detectors"]["label"]["detector"] == "aum"
+    options = {"kinds": ["label"], "log": log, "ids": ids, **QUIET}
+    table = uw.audit(model, uw.Classification(), (x, y), **options)
+    assert table.info["detectors"]["label"]["detector"] == "combined"
+    table = uw.audit(model, uw.Classification(), (x, y), detector="aum", **options)
     margins = uw.Margin(model, uw.Classification(), **QUIET).fit((x, y)).self_influence()
     assert table.ids == [ids[i] for i in margins.top_k(len(y)).positions.tolist()]
 
@@ -110,7 +112,7 @@ def test_out_of_fold_models_judge_what_they_have_not_seen(case):
     )
     assert len(seen) == 2 and seen[0] | seen[1] == set(range(150)) and not seen[0] & seen[1]
     facts = table.info["detectors"]["label"]
-    assert facts["suggestion"] == "out-of-fold models" and facts["detector"] == "confident_learning"
+    assert facts["suggestion"] == "out-of-fold models" and facts["detector"] == "combined"
     assert facts["calibration"] == "120 validation labels, taken to be right"
     wrong = (data[1] != true).nonzero()[:, 0].tolist()
     assert len(set(table.flagged().ids) & set(wrong)) >= 9

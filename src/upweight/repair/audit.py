@@ -79,8 +79,7 @@ def audit(
         kinds: which issues to look for; all that the model and the data allow, if None.
         detector: of label errors: "self_influence", "loss", "margin", "aum", "el2n", "tracin", "tracin_last_layer",
             "confident_learning", "knn", "combined" (mean rank of margin, neighbours and what else can be had), or
-            "auto": by our benchmarks "aum" with checkpoints or a log, else "confident_learning" with probabilities or
-            train_fn, else "combined"; "loss" for tasks without classes.
+            "auto": "combined", which no other is far ahead of in our benchmarks; "loss" for tasks without classes.
         precision: share of the flagged that should really be wrong; for outliers, harmful and rare examples, one less
             the false discovery rate.
         probabilities: out-of-sample probabilities of the classes, [train, class].
