@@ -8,6 +8,10 @@ from torch import Tensor
 from upweight.errors import UpweightError
 
 
+class NotFiniteError(UpweightError):
+    """A matrix to be decomposed has values that are not finite."""
+
+
 def eigh(matrix: Tensor, what: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Eigenvalues [.., k] (ascending, clamped at 0) and eigenvectors [.., k, k] of symmetric matrices [.., k, k].
 
@@ -19,12 +23,13 @@ def eigh(matrix: Tensor, what: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]
         dtype: dtype of the first attempt and of the result.
 
     Raises:
-        UpweightError: the matrix is not finite or no attempt succeeds.
+        NotFiniteError: the matrix is not finite.
+        UpweightError: no attempt succeeds.
     """
     symmetric = (matrix + matrix.mT) / 2
     if not bool(torch.isfinite(symmetric).all()):
         bad = int((~torch.isfinite(symmetric)).sum())
-        raise UpweightError(
+        raise NotFiniteError(
             f"{what} has {bad} values that are not finite -> look for exploding gradients in this layer"
         )
     width = symmetric.shape[-1]

@@ -7,14 +7,14 @@ batches (see `upweight.curvature.sums`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from upweight.curvature.curvature import Curvature
-from upweight.curvature.eigen import eigh
+from upweight.curvature.eigen import NotFiniteError, eigh
 from upweight.curvature.operators import (
     Diagonal,
     Full,
@@ -91,7 +91,15 @@ def fit_curvature(
     for start, columns in source:
         for name in layers:
             sums[name].add([column[name] for column in columns], f"layer {name}, batch from example {start}")
-    fitted = {name: sums[name].finish(n, f"layer {name}", dtype) for name in layers}
+    fitted: dict[str, LayerCurvature] = {}
+    for name in layers:
+        try:
+            fitted[name] = sums[name].finish(n, f"layer {name}", dtype)
+        except NotFiniteError as error:
+            where = _first_bad_batch(
+                source, lambda columns, name=name: _moment(columns, name, kind, layers[name])
+            )
+            raise NotFiniteError(f"{where}{error}") from None
     if kind == "ekfac":
         fitted = _correct_eigenvalues(fitted, source, n, dtype, keeper)
     represented = {name: _describe(fitted[name], kind) for name in layers}
@@ -226,9 +234,40 @@ def _correct_eigenvalues(
     for name, layer in kronecker.items():
         moment = moments[name].value()
         assert moment is not None
-        _check_finite(moment, f"layer {name}")
+        if not bool(torch.isfinite(moment).all()):
+            where = _first_bad_batch(source, lambda columns, n=name, b=layer.basis: _squares(columns, n, b))
+            _check_finite(moment, f"{where}layer {name}")
         out[name] = Kronecker(layer.basis, (moment / n).to(dtype))
     return out
+
+
+def _first_bad_batch(
+    source: FisherSource, of_batch: Callable[[Sequence[Gradients]], Sequence[Tensor]]
+) -> str:
+    """The first batch of which something is not finite, for an error: one more pass over the data."""
+    for start, columns in source:
+        if not all(bool(torch.isfinite(part).all()) for part in of_batch(columns)):
+            return f"batch from example {start}: "
+    return ""
+
+
+def _moment(columns: Sequence[Gradients], name: str, kind: str, layer: Layer) -> list[Tensor]:
+    """What one batch adds to K-FAC's factors, or to a block of few parameters."""
+    total = _accumulator(kind, layer)
+    total.add([column[name] for column in columns], "")
+    if isinstance(total, _Factors):
+        parts = [sums.second() for sums in (total.rows, total.cols) if sums is not None]
+    else:
+        parts = [total.moments.second()] if isinstance(total, _Outer) and total.moments else []
+    return [part for part in parts if part is not None]
+
+
+def _squares(columns: Sequence[Gradients], name: str, basis: Eigenbasis) -> list[Tensor]:
+    """What one batch adds to EK-FAC's eigenvalues."""
+    moment = Sum()
+    _add_second_moments(moment, basis, [column[name] for column in columns])
+    value = moment.value()
+    return [] if value is None else [value]
 
 
 def smaller_rotated(block: Any) -> bool:
