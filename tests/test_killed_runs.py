@@ -1,4 +1,4 @@
-"""A process killed with SIGKILL while it writes a cache or scores resumes without redoing what was finished."""
+"""A process killed with SIGKILL at any moment of a fit or of scores resumes without redoing what was finished."""
 
 import os
 import signal
@@ -10,31 +10,74 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-KILLS = 10
+SHARDS = [
+    ("manifest", 1),  # of the folder itself
+    ("begun", 2),  # the shard's file is begun, its ledger line is not
+    ("ledger", 2),  # half of its ledger line is there
+    ("written", 2),  # and between two shards
+    ("begun", 3),
+    ("ledger", 1),
+    ("written", 1),
+]
+MOMENTS = {
+    "cache": [*SHARDS, ("fitting", 3), ("curvature", 1), ("asking", 1)],
+    "scores": [*SHARDS, ("fitting", 2), ("asking", 2), ("written", 2)],
+}
 SCRIPT = textwrap.dedent(
     """
-    import os, signal, sys
+    import os, sys
+    from collections import Counter
     sys.path.insert(0, {tests!r})
     import torch
     import upweight as uw
     from networks import digits, trained
     from upweight import cache, store
+    from upweight.attributors import fitted
 
     torch.set_num_threads(1)
-    what, folder, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    what, folder, moment, number = *sys.argv[1:4], int(sys.argv[4])
     os.fsync = lambda descriptor: None  # SIGKILL does not lose what the system holds; only a power cut would
     cache.SHARD_BYTES = 40 * 1000
-    write, count = store.ShardStore.write, 0
+    seen = Counter()
 
-    def counted(self, key, *rest):
-        global count
-        count += 1
-        if count == kill_at:  # in the middle of this shard: its file is begun, its ledger line is not
-            store.replace_file = lambda path, writes: (path.with_name("torn").touch(), os.kill(os.getpid(), 9))
-        write(self, key, *rest)
+    def now(here, before=lambda: None):
+        seen[here] += 1
+        if here == moment and seen[here] == number:
+            before()
+            os.kill(os.getpid(), 9)
+
+    def wrap(owner, name, wrapper):
+        inner = getattr(owner, name)
+        setattr(owner, name, lambda *args, **options: wrapper(inner, *args, **options))
+
+    def replace_file(inner, path, writes):
+        kind = "manifest" if path.name == "manifest.json" else "begun"
+        now("curvature" if path.parent.parent.name == "curvature" else kind, path.with_name("torn").touch)
+        return inner(path, writes)
+
+    def append(inner, self, line):
+        now("ledger", lambda: open(self.folder / "ledger.jsonl", "ab").write(line[: len(line) // 2]))
+        inner(self, line)
+
+    def write(inner, self, key, *rest):
+        inner(self, key, *rest)
         print(key, flush=True)
+        now("written")
 
-    store.ShardStore.write = counted
+    def walk(inner, self):
+        for batch in inner(self):
+            now("fitting")
+            yield batch
+
+    def asking(inner, *args):
+        now("asking")
+        return inner(*args)
+
+    wrap(store, "replace_file", replace_file)
+    wrap(store.ShardStore, "_append", append)
+    wrap(store.ShardStore, "write", write)
+    wrap(fitted._Walk, "__iter__", walk)
+    wrap(uw.Influence, "_preconditioned", asking)
     train, query = digits()
     options = {{"fisher": "empirical", "batch_size": 50, "memory": "1MB", "progress": False}}
     method = uw.Influence(trained("mlp"), uw.Classification(), **options)
@@ -47,10 +90,10 @@ SCRIPT = textwrap.dedent(
 )
 
 
-def run(what: str, folder: Path, kill_at: int) -> tuple[int, list[str]]:
+def run(what: str, folder: Path, moment: str, number: int) -> tuple[int, list[str]]:
     script = SCRIPT.format(tests=str(Path(__file__).parent))
     done = subprocess.run(
-        [sys.executable, "-c", script, what, str(folder), str(kill_at)],
+        [sys.executable, "-c", script, what, str(folder), moment, str(number)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -62,15 +105,15 @@ def run(what: str, folder: Path, kill_at: int) -> tuple[int, list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["cache", "scores"])
 def test_ten_kills_lose_at_most_the_shard_at_hand(what: str, tmp_path):
-    code, everything = run(what, tmp_path / "whole", 0)
-    assert code == 0 and len(everything) >= KILLS
+    code, everything = run(what, tmp_path / "whole", "never", 0)
+    assert code == 0 and len(everything) >= 10
     finished: list[str] = []
-    for kill in range(KILLS):  # each run finishes one shard more and is killed in the next
-        code, keys = run(what, tmp_path / "killed", 2)
-        assert code == -signal.SIGKILL, f"kill {kill} came too late"
-        assert len(keys) == 1 and keys[0] not in finished
+    assert len(MOMENTS[what]) == 10
+    for moment, number in MOMENTS[what]:
+        code, keys = run(what, tmp_path / "killed", moment, number)
+        assert code == -signal.SIGKILL, f"the run ended before the kill at {moment} {number}"
         finished += keys
-    code, rest = run(what, tmp_path / "killed", 0)
+    code, rest = run(what, tmp_path / "killed", "never", 0)
     assert code == 0
     assert sorted(finished + rest) == sorted(everything), (
         "a finished shard was written again, or one was forgotten"
@@ -83,3 +126,42 @@ def load(path: Path) -> np.ndarray:
     import torch
 
     return torch.load(path).numpy()
+
+
+def test_a_resumed_run_takes_the_routes_of_the_first(tmp_path, monkeypatch):
+    """Routes are chosen by measured rates; those of a busier moment would have rounded the rest in another way."""
+    import torch
+    from networks import digits, trained
+
+    import upweight as uw
+    from upweight.attributors import tiles
+    from upweight.gradients.contraction import Rates
+
+    large = Rates(gemm=60e9, batched=30e9, bandwidth=20e9)
+    slow = Rates(gemm=600e9, batched=3e9, bandwidth=2e9)
+    train, query = digits()
+    options = {"fisher": "empirical", "batch_size": 50, "tolerance": 0, "progress": False}
+    method = uw.Influence(trained("mlp"), uw.Classification(), **options).fit(train)
+
+    def scores(folder: str, rates: Rates, tiles_until_it_stops: int) -> torch.Tensor | None:
+        written = tiles.ScoreTiles.write
+
+        def write(self, *args):
+            nonlocal tiles_until_it_stops
+            written(self, *args)
+            tiles_until_it_stops -= 1
+            if not tiles_until_it_stops:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles, "measured_rates", lambda *_: rates)
+            patch.setattr(tiles.ScoreTiles, "write", write)
+            try:
+                return method.attribute(query, out=tmp_path / folder).values
+            except KeyboardInterrupt:
+                return None
+
+    whole, other = scores("whole", large, -1), scores("other", slow, -1)
+    assert not torch.equal(whole, other)  # or the rest shows nothing
+    assert scores("stopped", large, 3) is None
+    assert torch.equal(scores("stopped", slow, -1), whole)

@@ -232,7 +232,7 @@ class Influence(TrainingSetChanges):
                     columns.append({WHOLE: preconditioned @ train_gradients.T / n * scale})
             return {name: torch.cat([part[name] for part in columns], 1) for name in columns[0]}
 
-        with ScoreTiles(out, manifest, grid, queries.n, n, names, fitted.dtype, evidence) as tiles:
+        with ScoreTiles(out, manifest, grid, fitted.tracker, queries.n, n, names, evidence) as tiles:
             fill_tiles(tiles, correction.over(training), panel, product, self.progress)
             values, layers = tiles.result()
         info = influence_info(self, fitted) | {

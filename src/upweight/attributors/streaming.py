@@ -80,7 +80,7 @@ class Source:
             return query.by_layer(train.T) if per_layer else {WHOLE: query @ train.T}
 
         n = self.examples.n
-        with ScoreTiles(out, manifest, grid, queries.n, n, names, self.dtype, evidence) as tiles:
+        with ScoreTiles(out, manifest, grid, self.tracker, queries.n, n, names, evidence) as tiles:
             panel = lambda start, stop: self.query_gradients(queries, start, stop)  # noqa: E731
             fill_tiles(tiles, self.training, panel, product, self.method.progress)
             return tiles.result()

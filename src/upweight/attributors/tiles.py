@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from upweight.cache import check_same
+from upweight.gradients import Tracker
+from upweight.gradients.contraction import Rates, assuming, measured_rates
 from upweight.passes import Pass
 from upweight.progress import progress_bar
 from upweight.store import ShardStore
@@ -34,10 +37,11 @@ class ScoreTiles:
         manifest: what the scores belong to.
         grid: ``panel`` queries by ``step`` training examples a tile. A folder that was begun with another panel
             keeps it, so that a run resumes on a machine with other memory.
+        tracker: of the gradients: products are computed on its device and in its dtype. The rates measured for these
+            choose the products' routes; a folder keeps them, too, so that all of its tiles are rounded alike.
         queries: number of queries.
         n: number of training examples.
         layers: names of the layers to keep parts of, or None.
-        dtype: dtype of the scores.
         evidence: {what: numbers} that tell apart runs whose manifests are equal, such as the first losses.
     """
 
@@ -46,26 +50,27 @@ class ScoreTiles:
         folder: str | os.PathLike[str] | None,
         manifest: Mapping[str, Any],
         grid: dict[str, int],
+        tracker: Tracker,
         queries: int,
         n: int,
         layers: Sequence[str] | None,
-        dtype: torch.dtype,
         evidence: Mapping[str, list[float]],
     ) -> None:
         self.queries, self.n, self.layers = queries, n, layers
         self.evidence = dict(evidence)
         self.panel, self.step = grid["panel"], grid["step"]
+        self.rates: Rates | None = None
         self._store: ShardStore | None = None
         self._values: dict[str, Tensor] = {}
-        self._dtype = dtype
+        self._dtype = tracker.dtype
         if folder is not None:
-            self.panel = _begun_panel(Path(folder)) or self.panel
-            self._store = ShardStore.open(
-                folder, {**manifest, "grid": {"panel": self.panel, "step": self.step}}
-            )
+            rates = asdict(measured_rates(str(tracker.device), tracker.dtype))
+            begun = _begun_with(Path(folder)) or {"panel": self.panel, "rates": rates}
+            self.panel, self.rates = begun["panel"], Rates(**begun["rates"])
+            self._store = ShardStore.open(folder, {**manifest, "grid": {**begun, "step": self.step}})
             self._check_evidence(self._store)
         else:
-            self._values = {name: torch.empty(queries, n, dtype=dtype) for name in self._names()}
+            self._values = {name: torch.empty(queries, n, dtype=self._dtype) for name in self._names()}
 
     @property
     def panels(self) -> int:
@@ -153,7 +158,7 @@ def fill_tiles(
         product: a tile's scores, by layer or as a total named ``""``, of a panel and of what a step of the pass loads.
         progress: show a progress bar.
     """
-    with progress_bar("scores", tiles.panels * tiles.n, progress) as advance:
+    with progress_bar("scores", tiles.panels * tiles.n, progress) as advance, assuming(tiles.rates):
         for start, stop in tiles.panel_rows():
             if tiles.panel_done(start, stop):
                 advance(tiles.n)
@@ -170,8 +175,11 @@ def _key(query: int, train: int) -> str:
     return f"q{query:09d}-t{train:09d}"
 
 
-def _begun_panel(folder: Path) -> int | None:
+def _begun_with(folder: Path) -> dict[str, Any] | None:
+    """What the first run of a folder chose for all of them."""
     try:
-        return int(json.loads((folder / "manifest.json").read_text())["manifest"]["grid"]["panel"])
-    except (OSError, ValueError, KeyError, TypeError):
+        grid = json.loads((folder / "manifest.json").read_text())["manifest"]["grid"]
+        rates = Rates(**{name: float(rate) for name, rate in grid["rates"].items()})
+        return {"panel": int(grid["panel"]), "rates": asdict(rates)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # nothing there yet, or nothing readable: opening it will say so

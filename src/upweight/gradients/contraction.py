@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -78,6 +80,27 @@ def measured_rates(device: str, dtype: torch.dtype) -> Rates:
     batched = 2 * 16 * 128 * 16 * 128 / _seconds(lambda: b @ b.mT, device)
     bandwidth = 3 * c.nbytes / _seconds(lambda: c * c, device)
     return Rates(gemm, batched, bandwidth)
+
+
+_ASSUMED: ContextVar[Rates | None] = ContextVar("rates", default=None)
+
+
+@contextmanager
+def assuming(rates: Rates | None) -> Iterator[None]:
+    """Choose routes by these rates, not by those of the machine at this moment: a run that resumes rounds as before.
+
+    Args:
+        rates: None changes nothing.
+    """
+    token = _ASSUMED.set(rates or _ASSUMED.get())
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
+
+
+def _rates(like: Tensor) -> Rates:
+    return _ASSUMED.get() or measured_rates(str(like.device), like.dtype)
 
 
 def _seconds(work, device: str) -> float:
@@ -140,7 +163,7 @@ class Router:
             return _sparse_costs(query, train)
         if not isinstance(train, Factored):
             return {"dense": 0.0}
-        rates = measured_rates(str(train.pieces[0].rows.device), train.pieces[0].rows.dtype)
+        rates = _rates(train.pieces[0].rows)
         groups, n, positions, rows, cols = _sizes(train)
         q = len(query)
         size = groups * rows * cols
@@ -308,7 +331,7 @@ def _weighted(terms: Terms, left: Tensor, right: Tensor) -> Iterator[tuple[Tenso
 
 
 def _sparse_costs(query: Sparse, train: Sparse) -> dict[Route, float]:
-    rates = measured_rates(str(train.rows.device), train.rows.dtype)
+    rates = _rates(train.rows)
     item = train.rows.element_size()
     size, width = train.table[0] * train.table[1], train.table[1]
     pairs = len(query) * len(train) * query.ids.shape[1] * train.ids.shape[1]

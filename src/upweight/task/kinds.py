@@ -49,7 +49,7 @@ class Classification(OutputTask):
         super().__init__(measurement, choices, higher_is_better, unit)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, targets, reduction="none")
+        return _rounded_once(F.cross_entropy(_double(outputs), targets, reduction="none"), outputs)
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if outputs.ndim != 2 or targets.ndim != 1:
@@ -132,7 +132,10 @@ class BinaryClassification(OutputTask):
         super().__init__(measurement, choices, higher_is_better, unit)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+        wide = _double(outputs)
+        return _rounded_once(
+            F.binary_cross_entropy_with_logits(wide, targets.to(wide), reduction="none"), outputs
+        )
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         # model(x).squeeze() of one example has no axis left.
@@ -239,3 +242,12 @@ def _class_logit(outputs: Tensor, targets: Tensor) -> Tensor:
 def _class_margin(outputs: Tensor, targets: Tensor) -> Tensor:
     others = outputs.scatter(1, targets[:, None], -math.inf)
     return _class_logit(outputs, targets) - others.logsumexp(1)
+
+
+def _double(outputs: Tensor) -> Tensor:
+    """In float64, where the device has it: in float32 the slope p - 1 of a confident prediction is all rounding."""
+    return outputs.float() if outputs.device.type == "mps" else outputs.double()
+
+
+def _rounded_once(loss: Tensor, outputs: Tensor) -> Tensor:
+    return loss.to(torch.promote_types(outputs.dtype, torch.float32))
