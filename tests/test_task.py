@@ -353,12 +353,12 @@ def test_a_squeezed_output_of_one_example_is_one_number(task):
     assert task.pseudo_losses(squeezed, batch, "sampled", 2, generator)[0].shape == (1, 2)
 
 
-@pytest.mark.parametrize("task", [uw.Classification(), uw.BinaryClassification()], ids=["classes", "binary"])
+@pytest.mark.parametrize("task", [Classification(), BinaryClassification()], ids=["classes", "binary"])
 def test_the_slope_of_a_confident_prediction_is_not_rounding(task):
-    """In float32, 1 - p of p = 1 - 2e-9 is 0, and of 1 - 1e-6 off by a tenth: such an example would have no gradient."""
+    """In float32, 1 - p is 0 for p = 1 - 2e-9 and off by a tenth for 1 - 1e-6: no gradient would be left."""
     for size in (20.0, 14.0, 3.0):
-        outputs = torch.tensor([[size, 0.0]]) if isinstance(task, uw.Classification) else torch.tensor([size])
-        targets = torch.tensor([0]) if isinstance(task, uw.Classification) else torch.tensor([1.0])
+        outputs = torch.tensor([[size, 0.0]]) if isinstance(task, Classification) else torch.tensor([size])
+        targets = torch.tensor([0]) if isinstance(task, Classification) else torch.tensor([1.0])
         outputs.requires_grad_()
         loss = task.loss(outputs, targets)
         assert loss.dtype == torch.float32
