@@ -6,6 +6,8 @@ from demos import QUICK
 
 from upweight.demo.data import digits, flip_labels
 from upweight.demo.network import convolutional_network, one_thread, side_by_side, train_network
+from upweight.demo.run import _check_learned
+from upweight.errors import UpweightError
 
 
 def test_flips_are_the_seeds():
@@ -60,3 +62,11 @@ def test_one_thread_is_given_back_after_an_error():
     with pytest.raises(RuntimeError), one_thread():
         raise RuntimeError
     assert torch.get_num_threads() == threads
+
+
+def test_a_network_that_learned_nothing_is_not_explained():
+    given = torch.arange(40) % 4
+    with pytest.raises(UpweightError, match="learned nothing: it has 25.0% .* --seed 8, or more images"):
+        _check_learned(torch.zeros(40, dtype=torch.long), given, 7)
+    _check_learned(given, given, 7)
+    _check_learned(torch.zeros(40, dtype=torch.long), torch.zeros(40, dtype=torch.long), 7)

@@ -25,6 +25,9 @@ from upweight.demo.results import DemoRun, Settings
 from upweight.demo.sources import open_images
 from upweight.errors import UpweightError
 
+LEARNED = 0.1
+"""Share of the way from the commonest label to all labels that a network must have come to be worth explaining."""
+
 
 def run_demo(settings: Settings, console: Console) -> DemoRun:
     """Train, explain, find the flipped labels, prove it by retraining, print tables and write the page.
@@ -50,7 +53,8 @@ def run_demo(settings: Settings, console: Console) -> DemoRun:
         train = (images.train.inputs, given)
     with clock("train the network"), one_thread():
         model = train_network(*train, classes, settings.seed, recipe=settings.recipe)
-    _, train_losses = predictions(model, *train)
+    fitted, train_losses = predictions(model, *train)
+    _check_learned(fitted, given, settings.seed)
     predicted, losses = predictions(model, images.test.inputs, images.test.labels)
     right = predicted == images.test.labels
     asked = choose_queries(losses, right, settings.queries, settings.seed)
@@ -102,6 +106,17 @@ def run_demo(settings: Settings, console: Console) -> DemoRun:
     _write(page.with_name("figures.json"), json.dumps(run.figures(), indent=2) + "\n")
     tables.print_findings(console, run, page)
     return run
+
+
+def _check_learned(fitted: Tensor, given: Tensor, seed: int) -> None:
+    """Refuse to explain a network that says the same of every image."""
+    accuracy = float((fitted == given).float().mean())
+    commonest = float(given.bincount().max()) / len(given)
+    if accuracy < commonest + LEARNED * (1 - commonest):
+        raise UpweightError(
+            f"the network learned nothing: it has {accuracy:.1%} of its training labels right, and the commonest label "
+            f"alone is {commonest:.1%} of them -> --seed {seed + 1}, or more images with --n"
+        )
 
 
 def choose_queries(losses: Tensor, right: Tensor, count: int, seed: int) -> Tensor:
