@@ -314,7 +314,8 @@ def test_worker_processes_give_the_same_and_run_on_one_thread(tmp_path):
 
 @pytest.mark.slow
 def test_a_real_dask_cluster_gives_the_same(tmp_path):
-    distributed = pytest.importorskip("distributed")
+    import distributed
+
     alone, cluster = bank(tmp_path / "alone"), bank(tmp_path / "dask", backend="dask")
     alone.run()
     with (

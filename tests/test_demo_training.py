@@ -66,7 +66,7 @@ def test_one_thread_is_given_back_after_an_error():
 
 def test_a_network_that_learned_nothing_is_not_explained():
     given = torch.arange(40) % 4
-    with pytest.raises(UpweightError, match="learned nothing: it has 25.0% .* --seed 8, or more images"):
+    with pytest.raises(UpweightError, match=r"learned nothing: it has 25\.0% .* --seed 8, or more images"):
         _check_learned(torch.zeros(40, dtype=torch.long), given, 7)
     _check_learned(given, given, 7)
     _check_learned(torch.zeros(40, dtype=torch.long), torch.zeros(40, dtype=torch.long), 7)

@@ -161,6 +161,25 @@ def test_removal_curves_of_an_additive_truth():
         plan_removals(truth, [40])
 
 
+def test_removals_of_other_methods_stand_beside():
+    truth, weak = generator.standard_normal((2, 5, 30))
+    plan = plan_removals(truth, [3, 6], baselines={"weak": weak, "the same": truth})
+    assert plan.kinds == ["proponents", "random", "weak", "the same"]
+    for q in range(5):
+        removed = ~plan.subsets.masks[plan.rows[2, 1, q]]
+        assert set(np.flatnonzero(removed)) == set(np.argsort(-weak[q])[:6])
+        assert plan.predicted[2, 1, q] == pytest.approx(np.sort(weak[q])[-6:].sum())
+    np.testing.assert_array_equal(plan.predicted[3], plan.predicted[0])
+    values = (~plan.subsets.masks).astype(float) @ truth.T
+    curve = removal_curve(plan, Outcomes(plan.subsets.masks, values[:, None]))
+    assert curve.areas["proponents"].value == curve.areas["the same"].value > curve.areas["weak"].value
+    assert curve.slope == pytest.approx(1)
+    with refused(r"the baseline 'weak' has scores \[5, 29\], expected \[5, 30\]"):
+        plan_removals(truth, [3], baselines={"weak": weak[:, 1:]})
+    with refused("the baseline's name 'random' is taken"):
+        plan_removals(truth, [3], baselines={"random": weak})
+
+
 def test_brittleness_finds_the_smallest_number_by_bisection():
     n, needed = 50, np.array([1, 2, 7, 16, 17, 3])
     scores = np.stack([np.roll(np.arange(n, 0, -1.0), 5 * q) for q in range(6)])

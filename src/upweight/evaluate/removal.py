@@ -9,11 +9,12 @@ removal should lower the loss. Three steps: `plan_removals`, a `RetrainingBank` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from upweight._ranking import extremes
@@ -37,7 +38,7 @@ class RemovalPlan:
 
     Attributes:
         subsets: What to retrain on: the whole set first, then every removal.
-        kinds: "proponents", "random" and, if asked for, "opponents".
+        kinds: "proponents", "random" and, if asked for, "opponents" and the baselines' names.
         sizes: Numbers of examples removed.
         rows: [kind, size, query]: the subset of each removal.
         predicted: [kind, size, query]: the sum of the removed examples' scores.
@@ -62,6 +63,7 @@ def plan_removals(
     *,
     classes: Sequence[Any] | np.ndarray | Tensor | None = None,
     opponents: bool = False,
+    baselines: Mapping[str, Scores | np.ndarray] | None = None,
     seed: int = 0,
 ) -> RemovalPlan:
     """Choose what to remove for each query.
@@ -71,9 +73,11 @@ def plan_removals(
         sizes: Numbers of examples to remove, for example .5, 1, 2, 5 and 10 % of the training set.
         classes: [train]: the random removals have as many of each class as the proponents; any, if None.
         opponents: Remove the top opponents as well.
+        baselines: {name: scores [query, train]} whose top proponents are removed, too, for comparison: "same class",
+            say, or another method.
         seed: Of the random removals.
 
-    Cost: (2 or 3) x sizes x queries subsets to retrain on, for each seed.
+    Cost: kinds x sizes x queries subsets to retrain on, for each seed.
 
     Example:
         >>> plan = plan_removals(np.array([[3.0, 1.0, 2.0, 0.0]]), [1, 2])
@@ -104,11 +108,17 @@ def plan_removals(
     }
     if opponents:
         lists["opponents"] = extremes(table, sizes[-1], largest=False).numpy()
+    tables = dict.fromkeys(lists, table.numpy())
+    for name, other in (baselines or {}).items():
+        tables[name] = _like(finite_table(other).double(), table, name, lists).numpy()
+        lists[name] = extremes(torch.from_numpy(tables[name]), sizes[-1], largest=True).numpy()
     members = [list(chosen[q, :size]) for chosen in lists.values() for size in sizes for q in range(queries)]
     shape = (len(lists), len(sizes), queries)
-    values = table.numpy()
     predicted = [
-        values[q, chosen[q, :k]].sum() for chosen in lists.values() for k in sizes for q in range(queries)
+        tables[kind][q, chosen[q, :k]].sum()
+        for kind, chosen in lists.items()
+        for k in sizes
+        for q in range(queries)
     ]
     return RemovalPlan(
         full(n) + removals(n, members),
@@ -120,6 +130,17 @@ def plan_removals(
         list(scores.query_ids) if isinstance(scores, Scores) else None,
         scores.info.get("queries") if isinstance(scores, Scores) else None,
     )
+
+
+def _like(other: Tensor, table: Tensor, name: str, lists: Mapping[str, Any]) -> Tensor:
+    if other.shape != table.shape:
+        raise UpweightError(
+            f"the baseline {name!r} has scores {list(other.shape)}, expected {list(table.shape)} like the method's -> "
+            "attribute the same queries to the same training examples"
+        )
+    if name in lists:
+        raise UpweightError(f"the baseline's name {name!r} is taken -> another one")
+    return other
 
 
 def _alike(chosen: np.ndarray, groups: np.ndarray, generator: np.random.Generator) -> np.ndarray:
