@@ -1,5 +1,7 @@
 """The datamodel: exact where outcomes are additive, honest about subsets that it has not seen, and what it refuses."""
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +13,7 @@ from sklearn.linear_model import Lasso, Ridge
 
 import upweight as uw
 from upweight.attributors.datamodel import regression
+from upweight.evaluate import subsets
 
 N, QUERIES = 12, 3
 TASK = uw.Classification()
@@ -84,6 +87,38 @@ def test_difference_of_means_is_the_same_contrast_for_balanced_masks():
     difference = datamodel(masks, values, estimator="difference").values.numpy()
     assert np.abs(difference + w).max() < 1e-8
     assert np.abs(difference - datamodel(masks, values, alpha=0).values.numpy()).max() < 1e-8
+
+
+def test_shapley_values_of_a_game_with_interactions():
+    """Every subset of 4, every size as often: the values are those of the definition, by all orders."""
+    n, rng = 4, np.random.default_rng(0)
+    worth = {ids: rng.standard_normal() for k in range(n + 1) for ids in itertools.combinations(range(n), k)}
+    phi = np.zeros(n)
+    for order in itertools.permutations(range(n)):
+        for place, i in enumerate(order):
+            before = tuple(sorted(order[:place]))
+            phi[i] += (worth[tuple(sorted((*before, i)))] - worth[before]) / math.factorial(n)
+    often = [ids for ids in worth if 0 < len(ids) < n for _ in range(12 // math.comb(n, len(ids)))]
+    masks = np.array([[i in ids for i in range(n)] for ids in often])
+    values = np.array([[worth[ids]] for ids in often])
+    found = -datamodel(masks, values, estimator="shapley", folds=2).values.numpy()[0]
+    assert found - found.mean() == pytest.approx(phi - phi.mean(), abs=1e-12)
+
+
+def test_shapley_values_by_sampling():
+    """An additive game's values are its weights; sampled sizes and complements find them."""
+    weights = np.random.default_rng(1).standard_normal(12)
+    drawn = subsets.any_size(12, 4000)
+    assert (drawn.masks[0::2] ^ drawn.masks[1::2]).all()
+    share = np.bincount(drawn.masks.sum(1), minlength=13)[1:12] / 4000
+    assert share == pytest.approx(np.full(11, 1 / 11), abs=0.03)
+    found = -datamodel(drawn.masks, drawn.masks @ weights[:, None], estimator="shapley").values.numpy()[0]
+    assert np.corrcoef(found, weights)[0, 1] > 0.99
+    assert np.polyfit(weights, found, 1)[0] == pytest.approx(1, abs=0.05)
+    with refused("expected all sizes below the whole alike"):
+        datamodel(subsets.half_subsets(12, 40).masks, np.ones((40, 1)), estimator="shapley")
+    with refused("each comes with its complement"):
+        subsets.any_size(12, 4, least=0.5)
 
 
 def test_difference_of_means_by_hand():

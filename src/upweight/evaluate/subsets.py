@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from upweight.errors import UpweightError
 
-__all__ = ["Subsets", "full", "half_subsets", "label_changes", "leave_one_out", "removals"]
+__all__ = ["Subsets", "any_size", "full", "half_subsets", "label_changes", "leave_one_out", "removals"]
 
 Label = int | float | str
 
@@ -122,6 +123,36 @@ def half_subsets(n: int, count: int, fraction: float = 0.5, seed: int = 0, *, pa
             masks[subset + 1, order[n - size :]] = True
     blocks = np.arange(count) // (2 if paired else 1)
     return Subsets(masks, [f"random {s}" for s in range(count)], blocks, [{}] * count)
+
+
+def any_size(n: int, count: int, least: float = 0.0, most: float = 1.0, seed: int = 0) -> Subsets:
+    """Random subsets of random size, all sizes alike, in pairs of complements: those that Shapley values are made of.
+
+    Args:
+        n: Training examples.
+        count: How many subsets.
+        least: Share of the examples that the smallest has; one example at least.
+        most: Share that the largest has; all but one at most.
+        seed: Of the draws.
+
+    Example:
+        >>> drawn = any_size(6, 4)
+        >>> drawn.masks.sum(axis=1).tolist(), drawn.blocks.tolist()
+        ([1, 5, 4, 2], [0, 0, 1, 1])
+    """
+    low, high = max(1, math.ceil(least * n)), min(n - 1, math.floor(most * n))
+    if count < 1 or low + high != n or low >= high:
+        raise UpweightError(
+            f"{count} subsets of {low} to {high} of {n} examples, expected at least one, of sizes around a half: each "
+            "comes with its complement -> least=0.1, most=0.9"
+        )
+    generator = np.random.default_rng(seed)
+    masks = np.zeros((count, n), dtype=bool)
+    for subset in range(0, count, 2):
+        order, size = generator.permutation(n), int(generator.integers(low, high + 1))
+        masks[subset, order[:size]] = True
+        masks[subset + 1 : subset + 2, order[size:]] = True
+    return Subsets(masks, [f"random {s}" for s in range(count)], np.arange(count) // 2, [{}] * count)
 
 
 def full(n: int) -> Subsets:

@@ -24,7 +24,6 @@ from upweight.attributors.datamodel.regression import (
     Estimator,
     centred,
     chosen,
-    difference_of_means,
     fitted,
     groups_of,
     least_squares,
@@ -69,7 +68,8 @@ class Datamodel:
             values [subset, query] or [subset, seed, query], **lower is better** (negate a margin).
         estimator: ``"lasso"`` (sparse), ``"ridge"`` (better where subsets are few and every example counts a little),
             or ``"difference"``: the mean outcome without the example minus the mean with it (subsampled influence; of
-            half-subsets, the Data Banzhaf value by maximum sample reuse), which has no penalty.
+            half-subsets, the Data Banzhaf value by maximum sample reuse), which has no penalty; or ``"shapley"``: the
+            Data Shapley value, up to a constant, of `evaluate.subsets.any_size`.
         alpha: ``"cv"`` chooses each query's penalty on held-out masks; a number is the penalty of the objective
             ``|Y - b - Z w|^2 / 2J + alpha |w|_1`` (ridge: ``+ alpha |w|^2 / 2``); 0 is least squares, which needs more
             subsets than training examples.
@@ -86,7 +86,7 @@ class Datamodel:
         UpweightError: the outcomes do not fit each other or the task, or the arguments are not known.
 
     Source: *Datamodels: Predicting Predictions from Training Data* (arXiv 2202.00622); ``"difference"``: *What Neural
-    Networks Memorize and Why* (arXiv 2008.03703), *Data Banzhaf* (arXiv 2205.15466).
+    Networks Memorize and Why* (arXiv 2008.03703), *Data Banzhaf* (arXiv 2205.15466), *Data Shapley* (arXiv 1904.02868).
 
     Example:
         >>> import numpy as np, torch, upweight as uw
@@ -115,14 +115,20 @@ class Datamodel:
         number = isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha >= 0
         if alpha != "cv" and not number:
             raise UpweightError(f"alpha={alpha!r}, expected 'cv' or a finite number >= 0 -> 'cv'")
-        if estimator == "difference" and alpha != "cv":
+        if estimator in ("difference", "shapley") and alpha != "cv":
             raise UpweightError(
-                f"alpha={alpha!r} with estimator='difference', which has no penalty -> leave it out"
+                f"alpha={alpha!r} with estimator={estimator!r}, which has no penalty -> leave it out"
             )
         self.model, self.task, self.alpha = model, task, alpha
         self.estimator: Estimator = estimator
         self.folds, self.seed = folds, seed
         self._masks, self._values, self._query_ids, self._blocks, self._dropped = _read(outcomes, task)
+        sizes = self._masks.sum(1)
+        if estimator == "shapley" and (len(np.unique(sizes)) < 3 or sizes.max() == self._masks.shape[1]):
+            raise UpweightError(
+                f"subsets of {sizes.min()} to {sizes.max()} of {self._masks.shape[1]} examples, expected all sizes "
+                "below the whole alike -> a bank of evaluate.subsets.any_size(n, count)"
+            )
         known = (getattr(outcomes, "info", None) or {}).get("queries")
         self._queries = known if isinstance(known, str) else None
         self._groups = groups_of(self._masks, self._blocks)
@@ -166,7 +172,7 @@ class Datamodel:
         self._weights, self._facts = self._regress(Z, Y, folds)
         held_out = self._held_out(Z, Y, folds)
         sizes = self._masks.sum(1)
-        one_size = bool((sizes == sizes[0]).all())
+        one_size = bool((sizes == sizes[0]).all()) or self.estimator == "shapley"
         self._facts |= {
             "held_out_lds": float(held_out.mean()),
             "held_out_lds_by_query": held_out.tolist(),
@@ -213,8 +219,8 @@ class Datamodel:
 
     def _regress(self, Z: np.ndarray, Y: np.ndarray, folds: Sequence[np.ndarray]) -> tuple[np.ndarray, dict]:
         """Weights [query, train], and how they came about."""
-        if self.estimator == "difference":
-            return difference_of_means(Z, Y), {}
+        if self.estimator in ("difference", "shapley"):
+            return fitted(self.estimator, Z, Y, LEVELS[self.estimator])[0], {}
         if self.alpha == 0:
             rank = int(np.linalg.matrix_rank(Z - Z.mean(0)))
             return least_squares(Z, Y), {"penalty": 0.0, "rank": rank}

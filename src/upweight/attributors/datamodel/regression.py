@@ -16,12 +16,13 @@ import numpy as np
 from scipy.stats import rankdata
 
 Array = np.ndarray
-Estimator = Literal["lasso", "ridge", "difference"]
+Estimator = Literal["lasso", "ridge", "difference", "shapley"]
 
 LEVELS: dict[str, Array] = {
     "lasso": np.logspace(0, -3, 25),
     "ridge": np.logspace(4, -4, 25),
     "difference": np.ones(1),
+    "shapley": np.ones(1),
 }
 """Relative penalties that cross-validation chooses from, strongest first."""
 
@@ -60,6 +61,23 @@ def difference_of_means(Z: Array, Y: Array) -> Array:
     both = (inside > 0) & (inside < len(Z))
     means = (Y.T @ Z) / np.maximum(inside, 1) - (Y.T @ (1 - Z)) / np.maximum(len(Z) - inside, 1)
     return np.where(both, means, 0.0)
+
+
+def shapley(Z: Array, Y: Array) -> Array:
+    """Shapley values [query, train] up to a constant that all examples share, of subsets of all sizes alike.
+
+    With a_k and b_k the mean outcomes of subsets of k examples with and without i,
+
+        phi_i = (Y(all) - Y(none)) / n + (1 - 1/n) mean over k = 1 .. n-1 of (a_k - b_k),
+
+    and with sizes drawn uniformly, ``E Y (Z_i n/k - (1 - Z_i) n/(n - k))`` is that mean. The second factor has the mean
+    0 at every size, so that a trend of Y over sizes may be taken off first: it would be noise.
+    """
+    n, k = Z.shape[1], Z.sum(1, keepdims=True)
+    trend = np.concatenate([np.ones_like(k), k / n, np.log(k / n), np.log(1 - k / n)], 1)
+    rest = Y - trend @ np.linalg.lstsq(trend, Y, rcond=1e-10)[0]
+    contrast = Z * (n / k) - (1 - Z) * (n / (n - k))
+    return (1 - 1 / n) * (rest.T @ contrast) / len(Z)
 
 
 def compressed(X: Array, T: Array) -> tuple[Array, Array]:
@@ -126,6 +144,8 @@ def fitted(estimator: Estimator, Z: Array, Y: Array, levels: Array) -> Array:
     """Weights [level, query, train] at every relative penalty."""
     if estimator == "difference":
         return difference_of_means(Z, Y)[None]
+    if estimator == "shapley":
+        return shapley(Z, Y)[None]
     X, T = centred(Z, Y)
     scale = scale_of(estimator, X, T)
     if estimator == "ridge":
