@@ -39,7 +39,8 @@ def test_the_repair_of_a_fitted_estimator_is_nearer_to_the_refit(upweight, writt
     # train_fn fits all of the rows that it is given: two seeds find the same minimum.
     assert found["parameter_distance"]["seeds"] < 1e-6 * found["parameter_distance"]["before"]
     penalised = repaired(upweight, address, *options, "other", "--l2", "0")["verification"]
-    assert penalised["parameter_distance"]["relative"] > 3  # what --l2 says comes first
+    # What --l2 says comes first. The damping finds that there is a regulariser, but only roughly what it does.
+    assert penalised["parameter_distance"]["relative"] > 1.5 * found["parameter_distance"]["relative"]
 
 
 def test_evaluation_of_a_fitted_estimator_has_no_noise(upweight, written):

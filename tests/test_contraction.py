@@ -264,9 +264,19 @@ def test_separable_terms_are_not_used_where_they_do_not_apply():
     assert_equal(router.contract("layer", prepared(router, asked), train), asked.dense() @ train.dense().T)
 
 
-@pytest.mark.parametrize(("queries", "route"), [(1, "stream"), (200, "dense")])
-def test_many_queries_of_one_position_meet_formed_gradients(queries, route, monkeypatch):
-    """Streaming has smaller products for every query, measured at half the rate; forming costs once an example."""
-    monkeypatch.setattr(contraction, "measured_rates", lambda *_: contraction.Rates(90e9, 45e9, 40e9))
-    train = Factored((Piece(torch.zeros(300, 1, 512), torch.zeros(300, 1, 785)),))
-    assert Router().route("layer", Dense(torch.zeros(queries, 512 * 785)), train) == route
+@pytest.mark.parametrize(
+    ("queries", "positions", "rows", "columns", "route"),
+    [
+        (1, 1, 512, 785, "stream"),
+        (200, 1, 512, 785, "stream"),
+        (8, 4, 2048, 2049, "stream"),
+        (64, 16, 128, 1152, "dense"),
+        (16, 128, 384, 129, "dense"),
+    ],
+)
+def test_routes_that_were_measured(queries, positions, rows, columns, route, monkeypatch):
+    """Formed gradients of a wide layer with few positions are many bytes, and few at a time meet all queries: streaming
+    took a half to a quarter of the time there, and up to twenty times as long elsewhere."""
+    monkeypatch.setattr(contraction, "measured_rates", lambda *_: contraction.Rates(60e9, 33e9, 22e9))
+    train = Factored((Piece(torch.zeros(32, positions, rows), torch.zeros(32, positions, columns)),))
+    assert Router().route("layer", Dense(torch.zeros(queries, rows * columns)), train) == route

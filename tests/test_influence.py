@@ -45,7 +45,8 @@ def test_a_layer_called_twice_and_a_grouped_convolution_equal_brute_force(networ
     torch.manual_seed(0)
     model = network().eval()
     train, query = (tuple(t[:n] for t in part) for part, n in zip(digits(), (60, 10), strict=True))
-    options = {"curvature": curvature, "damping": 1e-3, "fisher": "empirical"}
+    damping = 1e-2  # less would magnify the rounding of float32 gradients to 1e-5 of the scores
+    options = {"curvature": curvature, "damping": damping, "fisher": "empirical"}
     method = influence(model, tolerance=0.0, **options).fit(train)
     scores = method.attribute(query, per_layer=True)
     routed = influence(model, **options).fit(train).attribute(query)
@@ -64,7 +65,7 @@ def test_a_layer_called_twice_and_a_grouped_convolution_equal_brute_force(networ
         if curvature == "identity":
             part = V[name] @ G[name].T / 60
         else:
-            part = oracle.solve(oracle.DENSE[curvature](layer), 1e-3, V[name], G[name]) / 60
+            part = oracle.solve(oracle.DENSE[curvature](layer), damping, V[name], G[name]) / 60
         assert relative(scores.layers[name], part) < 1e-5
         total += part
     assert relative(scores.values, total) < 1e-5

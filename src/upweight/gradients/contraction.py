@@ -47,7 +47,7 @@ THIN = 32
 REDUCED = 16
 """Multiplying the stream route's products by the left factors and summing them takes as long as to read them so many
 times. Measured."""
-SEPARABLE_QUERIES, SEPARABLE_TRAIN = 384, 256
+SEPARABLE_QUERIES, SEPARABLE_TRAIN = 384, 512
 """Queries and training examples whose products are formed at a time in the separable route."""
 
 
