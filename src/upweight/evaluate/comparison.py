@@ -195,6 +195,14 @@ def compare(
     return _judged(experiment, plan, results, left_out, outcomes, report)
 
 
+NEED_MORE = {
+    "el2n": "needs checkpoints of the training run -> uw.EL2N(..., checkpoints=) among the experiment's methods=",
+    "aum": "needs checkpoints or a log of the training -> uw.AUM(..., checkpoints=) among the experiment's methods=",
+    "confident-learning": "says which labels are wrong and nothing of a query -> upweight audit",
+}
+"""Baselines that an experiment alone does not allow."""
+
+
 def _all_scores(
     experiment: Experiment, methods: Sequence[str] | None, folder: Path, say: Callable[[str], None]
 ) -> tuple[dict[str, tuple[Scores, float]], dict[str, str]]:
@@ -210,6 +218,7 @@ def _all_scores(
             results[name] = scored(experiment, name)
         except (UpweightError, ImportError) as error:
             left_out[name] = " ".join(str(error).split())
+    left_out |= {name: why for name, why in NEED_MORE.items() if name not in map(key_of, results)}
     for name, (scores, _) in results.items():
         scores.save(folder / "scores" / file_name(name))
     return results, left_out
