@@ -167,3 +167,9 @@ def test_a_damping_that_was_named_and_networks_with_structured_curvature_are_lef
     network = nn.Sequential(nn.Linear(10, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     method = uw.Influence(minimised(network, data, L2), uw.Classification(), progress=False).fit(data)
     assert "implicit_l2" not in method.attribute(query).info
+
+
+def test_a_layer_that_is_large_beside_the_memory_is_not_asked():
+    data = table(classes=3)
+    method = uw.Influence(stopped_early(data), uw.Classification(), memory=2000, batch_size=8, progress=False)
+    assert "implicit_l2" not in method.fit(data).attribute((data[0][:2], data[1][:2])).info

@@ -40,6 +40,9 @@ CALIBRATED = (*KRONECKER, *EXACT_KINDS)
 PROBE_EXAMPLES = 264
 """Training examples on which separable routes are tried: 8 as queries, the rest as training examples."""
 
+LAYER_VECTORS = 8
+"""Numbers in float64 for every parameter of a single layer, to read an untold regulariser off it."""
+
 
 @dataclass
 class Fitted:
@@ -153,7 +156,9 @@ def fit_influence(
         curvature, fitted_from = _fit_curvature(
             method, tracker, examples, training, fisher, columns, size, saved, keeper
         )
-        if len(tracker.layers) == 1 and method.curvature != "identity":
+        names = list(tracker.layers)
+        room = LAYER_VECTORS * 8 * tracker.layers[names[0]].numel <= method.memory * KEEP_SHARE
+        if len(names) == 1 and room and method.curvature != "identity":
             curvature.info["implicit_l2"] = implicit_l2_of_layer(curvature, tracker, examples, size)
         if keeper is not None:
             layers = {name: curvature.layers[name] for name in keeper.layers}

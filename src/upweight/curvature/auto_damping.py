@@ -85,9 +85,9 @@ def auto_damping(operator: ExactCurvature) -> AutoDamping:
     Cost: 32 products of H with four vectors and with two, a forward and backward pass over the training data, and some
     ten forward passes for each half and its complement together.
     """
+    implicit = implicit_l2_beside(operator)  # first: two Krylov spaces at a time would be the peak of memory
     objective = Halves(operator)
     steps = KrylovSteps.of(operator, objective.gradients())
-    implicit = implicit_l2_beside(operator)
     indefinite = -INDEFINITE_MARGIN * min(steps.smallest, 0.0)
     low = max(SPAN[0] * steps.top, LEAST_OF_L2 * operator.l2, indefinite, implicit)
     low = low or 1e-12  # no curvature at all
