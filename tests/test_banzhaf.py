@@ -1,16 +1,15 @@
 """Banzhaf influence: exact where retraining is, for every subset of a small data set; and its refusals."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
 import torch
+from banzhafs import classified, fitted, network, ridge
 from torch import nn
 
 import upweight as uw
 from upweight.attributors.pull import added, gradient
-from upweight.curvature.balanced_damping import balanced_damping, log_ratio
 from upweight.task import OutputTask
 
 N, L2 = 6, 0.3
@@ -20,12 +19,6 @@ def ridge_data(outputs=1):
     torch.manual_seed(3)
     x = torch.randn(N, 3, dtype=torch.float64)
     return x, torch.randn(N, outputs, dtype=torch.float64)
-
-
-def ridge(x, y, ids, shift):
-    """The minimum of sum over ids of (1/2)|Wx - y|^2 + (shift/2)|W|^2."""
-    a, b = x[ids], y[ids]
-    return torch.linalg.solve(a.T @ a + shift * torch.eye(x.shape[1]).double(), a.T @ b).T
 
 
 def linear(outputs=1):
@@ -220,16 +213,6 @@ def test_too_little_regularisation_for_double_precision_is_refused():
         uw.BanzhafInfluence(nn.Linear(4, 1, bias=False).double(), uw.Regression(), **options).fit((x, y))
 
 
-def network():
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-
-
-def classified():
-    torch.manual_seed(6)
-    return torch.randn(20, 4), torch.randint(3, (20,))
-
-
 def test_a_network_agrees_with_dense_linear_algebra_and_is_left_alone():
     data, model = classified(), network().double()
     data = data[0].double(), data[1]
@@ -271,20 +254,11 @@ def test_equal_models_have_no_unit_and_the_mean_of_their_scaled_scores():
         [network().state_dict(), nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))],
     )
     subsets = [range(10), range(5, 20)]
-    make = lambda equal, which: (  # noqa: E731
-        uw.BanzhafInfluence(
-            network(),
-            uw.Classification(),
-            checkpoints=[states[k] for k in which],
-            subsets=[subsets[k] for k in which],
-            l2=0.01,
-            damping=0.01,
-            equal=equal,
-            progress=False,
-        )
-        .fit(data)
-        .attribute(data)
-    )
+
+    def make(equal, which):
+        chosen = {"checkpoints": [states[k] for k in which], "subsets": [subsets[k] for k in which]}
+        return fitted(equal=equal, l2=0.01, damping=0.01, **chosen).attribute(data)
+
     alone = [make(False, [k]).values for k in (0, 1)]
     plain, equal = make(False, [0, 1]), make(True, [0, 1])
     assert plain.unit == "nats"
@@ -328,93 +302,8 @@ def test_what_cannot_be_is_refused(changes, message):
         uw.BanzhafInfluence(network(), options.pop("task"), progress=False, **options).fit(classified())
 
 
-@pytest.mark.parametrize("l2", [0.02, 0.2])
-def test_the_damping_found_is_the_regulariser_that_was_not_told(l2):
-    """Ridge regression: inside and outside matter alike, on average, at the l2 of the training and nowhere else."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(400, 400, generator=generator, dtype=torch.float64)
-    y = x @ torch.randn(400, 1, generator=generator).double() / 20 + torch.randn(400, 1, generator=generator)
-    half = list(range(0, 400, 2))
-    method = uw.BanzhafInfluence(
-        nn.Linear(400, 1, bias=False).double(),
-        uw.Regression(),
-        checkpoints=[{"weight": ridge(x, y, half, len(half) * l2)}],
-        subsets=[half],
-        progress=False,
-    ).fit((x, y))
-    info = method.attribute((x[:1], y[:1])).info
-    assert 0.7 < info["damping"][0] / l2 < 1.4
-    assert info["balance"][0][0] == pytest.approx(1, abs=0.05)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_ratio_that_does_not_tell_dampings_apart_adds_none(seed):
-    """Many examples of few parameters: removals and additions are of one size at any small damping."""
-    torch.manual_seed(seed)
-    x = torch.randn(1000, 5).double()
-    y = x @ torch.randn(5, 1).double() + torch.randn(1000, 1).double()
-    half = torch.randperm(1000)[:500].tolist()
-    method = uw.BanzhafInfluence(
-        nn.Linear(5, 1, bias=False).double(),
-        uw.Regression(),
-        checkpoints=[{"weight": ridge(x, y, half, 500 * 1e-3)}],
-        subsets=[half],
-        l2=1e-3,
-        progress=False,
-    ).fit((x, y))
-    assert method.attribute((x[:1], y[:1])).info["damping"][0] < 1e-3
-
-
-def test_a_damping_is_searched_for_within_bounds():
-    asked = []
-
-    def ratio(damping):
-        asked.append(damping)
-        return 0.3 * math.log(1e-3 / damping), 0.01
-
-    damping, (found, error) = balanced_damping(ratio, 1.0, 1e-9)
-    assert damping == pytest.approx(1e-3, rel=0.1)
-    assert found == math.exp(ratio(damping)[0])
-    assert error == pytest.approx(0.01, rel=0.1)
-    assert len(asked) < 20
-    with pytest.warns(UserWarning, match="0.5 times as large"):
-        assert balanced_damping(lambda d: (math.log(0.5), 0.0), 1.0, 1e-3) == (1e-3, (0.5, 0.0))
-    assert balanced_damping(lambda d: (0.1, 0.06), 1.0, 0.0)[0] == 0.0  # not significant
-    with pytest.raises(uw.UpweightError, match="removals are larger"):
-        balanced_damping(lambda d: (0.7, 0.01), 1.0, 1e-3)
-    # Only the largest damping comes near: it is taken, and the ratio that is told is its own.
-    far, (found, _) = balanced_damping(lambda d: (math.log(50) if d < 1e6 else 0.2, 0.01), 1.0, 1e-8)
-    assert far >= 1e6
-    assert found == pytest.approx(math.exp(0.2))
-    for sizes in ([0.0, 0.0], [math.nan, 1.0]):
-        with pytest.raises(uw.UpweightError, match="removals change other examples by"):
-            log_ratio(torch.tensor(sizes), torch.ones(3))
-    assert (
-        balanced_damping(lambda d: (0.2, 0.01), 1.0, 0.0)[0] == 0.0
-    )  # no damping changes it, and it is near 1
-
-
-def test_sizes_are_compared_with_their_standard_error():
-    generator = torch.Generator().manual_seed(0)
-    drawn = [torch.rand(2, 100, generator=generator).log().neg() for _ in range(400)]
-    found = [log_ratio(2 * a, b) for a, b in drawn]
-    assert np.mean([size for size, _ in found]) == pytest.approx(math.log(2), abs=0.02)
-    assert np.mean([error for _, error in found]) == pytest.approx(
-        np.std([size for size, _ in found]), rel=0.1
-    )
-
-
 def test_a_fit_that_fails_leaves_the_last_one_as_it_was():
-    data = classified()
-    method = uw.BanzhafInfluence(
-        network(),
-        uw.Classification(),
-        checkpoints=[network()],
-        subsets=[range(10)],
-        l2=0.1,
-        damping=0.1,
-        progress=False,
-    ).fit(data)
+    data, method = classified(), fitted()
     before = method.attribute(data).values
     method.checkpoints = [{"weight": torch.ones(1)}]
     with pytest.raises(uw.UpweightError, match="another architecture"):
@@ -423,84 +312,25 @@ def test_a_fit_that_fails_leaves_the_last_one_as_it_was():
 
 
 def test_results_say_which_models_and_subsets_they_are_of():
-    data = classified()
-
-    def info(subset, state):
-        options = {"checkpoints": [state], "subsets": [subset], "l2": 0.1, "damping": 0.1, "progress": False}
-        return uw.BanzhafInfluence(network(), uw.Classification(), **options).fit(data).attribute(data).info
+    def prints(**changes):
+        return fitted(**changes).attribute(classified()).info["fingerprints"]
 
     other = {name: value + 1 for name, value in network().state_dict().items()}
-    prints = [info(range(10), network())["fingerprints"] for _ in range(2)]
-    assert prints[0] == prints[1]
-    assert info(range(5, 15), network())["fingerprints"] != prints[0]
-    assert info(range(10), other)["fingerprints"] != prints[0]
+    assert prints() == prints()
+    assert prints(subsets=[range(5, 15)]) != prints()
+    assert prints(checkpoints=[other]) != prints()
 
 
 def test_it_works_in_inference_mode():
-    data = classified()
-    options = {
-        "checkpoints": [network()],
-        "subsets": [range(10)],
-        "l2": 0.1,
-        "damping": 0.1,
-        "progress": False,
-    }
-    plain = uw.BanzhafInfluence(network(), uw.Classification(), **options).fit(data).attribute(data).values
+    plain = fitted().attribute(classified()).values
     with torch.inference_mode():
-        again = (
-            uw.BanzhafInfluence(network(), uw.Classification(), **options).fit(data).attribute(data).values
-        )
+        again = fitted().attribute(classified()).values
     assert torch.allclose(plain, again)
 
 
-def test_models_that_stopped_early_get_a_large_damping():
-    """Gradient descent of 3 steps knows no curvature: whatever is near 1 only at the largest damping takes it."""
-    torch.manual_seed(0)
-    x = torch.randn(80, 60, dtype=torch.float64)
-    y = x @ torch.randn(60, 1, dtype=torch.float64) + torch.randn(80, 1, dtype=torch.float64)
-
-    def stopped(ids):
-        w = torch.zeros(60, 1, dtype=torch.float64)
-        for _ in range(3):
-            w -= 0.05 * x[ids].T @ (x[ids] @ w - y[ids]) / len(ids)
-        return w
-
-    for seed in range(4):
-        ids = torch.randperm(80, generator=torch.Generator().manual_seed(seed))[:40].sort().values.tolist()
-        method = uw.BanzhafInfluence(
-            nn.Linear(60, 1, bias=False).double(),
-            uw.Regression(measurement="prediction"),
-            checkpoints=[{"weight": stopped(ids).T}],
-            subsets=[ids],
-            progress=False,
-        ).fit((x, y))
-        scores = method.attribute((x[:10], y[:10])).values
-        w = stopped(ids)
-        real = torch.stack(
-            [
-                (x[:10] @ (w - stopped(sorted({*ids} ^ {i}))))[:, 0] * (1 if i in ids else -1)
-                for i in range(80)
-            ],
-            1,
-        )
-        found, real = (v - v.mean(1, keepdim=True) for v in (scores, real))
-        cosine = (found * real).sum(1) / (found.norm(dim=1) * real.norm(dim=1))
-        assert float(cosine.abs().min()) > 0.9
-
-
 def test_self_influence_is_refused_with_the_way_out():
-    data = classified()
-    method = uw.BanzhafInfluence(
-        network(),
-        uw.Classification(),
-        checkpoints=[network()],
-        subsets=[range(10)],
-        l2=0.1,
-        damping=0.1,
-        progress=False,
-    ).fit(data)
     with pytest.raises(uw.UpweightError, match="no self-influence"):
-        method.self_influence()
+        fitted().self_influence()
 
 
 def test_a_task_without_the_curvature_of_its_loss_is_refused():
@@ -513,10 +343,6 @@ def test_a_task_without_the_curvature_of_its_loss_is_refused():
 
 
 def test_many_models_share_the_memory():
-    data = classified()
-    options = {"l2": 0.1, "damping": 0.1, "progress": False, "memory": 4_000_000}
-    one = {"checkpoints": [network()], "subsets": [range(10)]}
-    uw.BanzhafInfluence(network(), uw.Classification(), **one, **options).fit(data)
-    many = {"checkpoints": [network()] * 2000, "subsets": [range(10)] * 2000}
+    fitted(memory=4_000_000)
     with pytest.raises(uw.UpweightError, match="beside 1999 other models"):
-        uw.BanzhafInfluence(network(), uw.Classification(), **many, **options).fit(data)
+        fitted(memory=4_000_000, checkpoints=[network()] * 2000, subsets=[range(10)] * 2000)

@@ -117,6 +117,9 @@ def test_shapley_values_by_sampling():
     assert np.polyfit(weights, found, 1)[0] == pytest.approx(1, abs=0.05)
     with refused("expected all sizes below the whole alike"):
         datamodel(subsets.half_subsets(12, 40).masks, np.ones((40, 1)), estimator="shapley")
+    tossed = np.random.default_rng(0).random((400, 12)) < 0.5  # of many sizes, but most near a half
+    with refused("expected all sizes below the whole alike"):
+        datamodel(tossed, np.ones((400, 1)), estimator="shapley")
     with refused("each comes with its complement"):
         subsets.any_size(12, 4, least=0.5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -108,10 +109,13 @@ def over_checkpoints(
     return method
 
 
-def half_models(train: Callable[[np.ndarray, int], tuple[nn.Module, Any]]) -> Method:
-    """Banzhaf influence of a model of its own for every number, trained on half of the data.
+def half_models(
+    train: Callable[[np.ndarray, int], tuple[nn.Module, Any]], dampings: tuple[float, ...] = ()
+) -> Method:
+    """Banzhaf influence of a model of its own for every number, trained on half of the data; with these dampings, too.
 
     Every two of them are of the two halves of one division. Scores are as large on every query as any other model's.
+    The automatic damping, and the ratio of removals to additions there, go to standard error.
     """
 
     def method(run: Explained) -> Iterator[tuple[str, Any]]:
@@ -119,10 +123,15 @@ def half_models(train: Callable[[np.ndarray, int], tuple[nn.Module, Any]]) -> Me
         order = np.random.default_rng(77 + number // 2).permutation(n)
         half = np.sort(order[: n // 2] if number % 2 == 0 else order[n // 2 :])
         model = train(half, 3000 + number)[0]
-        made = uw.BanzhafInfluence(
-            model, run.task, checkpoints=[model], subsets=[half], l2=run.l2, equal=True, progress=False
-        )
-        yield "", made.fit(run.train).attribute(run.query)
+        options = {"checkpoints": [model], "subsets": [half], "l2": run.l2, "equal": True, "progress": False}
+        scores = uw.BanzhafInfluence(model, run.task, **options).fit(run.train).attribute(run.query)
+        (found,), ((ratio, error),) = scores.info["damping"], scores.info["balance"]
+        said = f"model {number}: damping {found:.2g}, removals / additions {ratio:.2f}, standard error {error:.2f}"
+        print(said, file=sys.stderr)
+        yield "auto" if dampings else "", scores
+        for damping in dampings:
+            made = uw.BanzhafInfluence(model, run.task, damping=damping, **options)
+            yield f"{damping:g}", made.fit(run.train).attribute(run.query)
 
     return method
 

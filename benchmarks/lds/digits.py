@@ -74,7 +74,7 @@ METHODS = {name: method for name, method in CLASSIFICATION.items() if not name.s
     "GGN, exact, mean over checkpoints": over_checkpoints("ggn", (), solver="cg", l2=True),
     "GGN, exact, ten checkpoints, equal weights": over_checkpoints("ggn", (), True, solver="cg", l2=True),
     "EK-FAC, ten checkpoints, equal weights": over_checkpoints("ekfac", equal=True),
-    "Banzhaf influence, half of the data a model": half_models(train),
+    "Banzhaf influence, half of the data a model": half_models(train, dampings=(3e-4, 1e-3, 3e-3)),
 }
 SETTING = Setting(
     "Digits MLP 64-256-128-10",

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from upweight.errors import UpweightError
 from upweight.gradients import Gradients
 from upweight.passes import Pass, Step
 from upweight.store import ShardStore
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BLOCK = 256
 """Coordinates that share one scale."""
@@ -43,8 +46,17 @@ TILE_BYTES = 8 << 20
 _COORDINATES = "coordinates"
 
 
+class Rows:
+    """Training gradients as the right operand of ``queries @ rows.T``."""
+
+    @property
+    def T(self) -> Self:  # noqa: N802 - reads as the transpose
+        """Itself."""
+        return self
+
+
 @dataclass(frozen=True)
-class IndexedRows:
+class IndexedRows(Rows):
     """Whitened gradients of some training examples.
 
     Attributes:
@@ -56,11 +68,6 @@ class IndexedRows:
     steps: Tensor
     scale: Tensor
     self_influence: Tensor
-
-    @property
-    def T(self) -> IndexedRows:  # noqa: N802 - reads as the transpose in `queries @ rows.T`
-        """Itself, as the right operand of ``@``."""
-        return self
 
     def unpacked(self, dtype: torch.dtype) -> UnpackedRows:
         """The same as numbers of this precision."""
@@ -79,7 +86,7 @@ class IndexedRows:
 
 
 @dataclass(frozen=True)
-class UnpackedRows:
+class UnpackedRows(Rows):
     """Whitened gradients of some training examples, as numbers: what is read again and again, while memory lasts.
 
     Attributes:
@@ -89,11 +96,6 @@ class UnpackedRows:
 
     values: Tensor
     self_influence: Tensor
-
-    @property
-    def T(self) -> UnpackedRows:  # noqa: N802 - reads as the transpose in `queries @ rows.T`
-        """Itself, as the right operand of ``@``."""
-        return self
 
 
 @dataclass(frozen=True)

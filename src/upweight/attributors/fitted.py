@@ -156,10 +156,6 @@ def fit_influence(
         curvature, fitted_from = _fit_curvature(
             method, tracker, examples, training, fisher, columns, size, saved, keeper
         )
-        names = list(tracker.layers)
-        room = LAYER_VECTORS * 8 * tracker.layers[names[0]].numel <= method.memory * KEEP_SHARE
-        if len(names) == 1 and room and method.curvature != "identity":
-            curvature.info["implicit_l2"] = implicit_l2_of_layer(curvature, tracker, examples, size)
         if keeper is not None:
             layers = {name: curvature.layers[name] for name in keeper.layers}
             rotated = {name: layer for name, layer in layers.items() if isinstance(layer, Kronecker)}
@@ -247,6 +243,10 @@ def _fit_curvature(
     with progress_bar(f"{method.curvature} curvature", total, method.progress) as advance:
         walk = _Walk(source, advance)
         curvature = fit_curvature(method.curvature, tracker.layers, walk, examples.n, tracker.dtype, keeper)
+    layers = list(tracker.layers.values())
+    room = LAYER_VECTORS * 8 * layers[0].numel <= method.memory * KEEP_SHARE
+    if len(layers) == 1 and room and method.curvature != "identity":
+        curvature.info["implicit_l2"] = implicit_l2_of_layer(curvature, tracker, examples, size)
     if saved is not None:
         saved.write(key, curvature)
     from_cache = kind == "empirical" and isinstance(training, CachePass) and not lossy

@@ -164,15 +164,7 @@ class OutputSpace:
 
     def _balanced(self, gram: Tensor, subset: Gradients) -> tuple[float, tuple[float, float]]:
         """The damping at which a sample of removals and one of additions change other examples alike."""
-        generator = torch.Generator().manual_seed(0)
-        mixed = lambda where: (p := where.nonzero()[:, 0])[torch.randperm(len(p), generator=generator)]  # noqa: E731
-        least, most, outputs = CHANGED
-        count = min(most, max(least, outputs // self.width))
-        removals, others = mixed(self.inside)[:count], mixed(~self.inside)
-        asked = others[
-            : min(QUERIES, len(others) // 2)
-        ]  # the model has not seen them, as it has not seen queries
-        additions = others[len(asked) : len(asked) + count]
+        removals, additions, asked = self._sample()
         if len(removals) < 2 or len(asked) < 1:
             raise UpweightError(
                 "the damping is found by comparing examples inside a subset with those outside, and here are "
@@ -181,7 +173,11 @@ class OutputSpace:
         changed = torch.cat([removals, additions])
         rows, questions = self._at(changed), self._at(asked)
         slope = gradient(self.task, self.outputs[asked], self.targets[asked])
-        asks = lambda products: torch.einsum("qck,qc->qk", products.unflatten(0, (-1, self.width)), slope)  # noqa: E731
+
+        def asks(products: Tensor) -> Tensor:
+            """What products of the questions' outputs [q C, k] come to in their measurements, [q, k]."""
+            return torch.einsum("qck,qc->qk", products.unflatten(0, (-1, self.width)), slope)
+
         direct = asks(self._products(questions, rows).flatten(1)).unflatten(1, (-1, self.width))
         from_questions, from_rows = asks(self._weighed(questions, subset)), self._weighed(rows, subset)
         own = self._own(rows)
@@ -197,6 +193,20 @@ class OutputSpace:
         least = max(LEAST * scale, 2 * self.largest / self.size / MOST_CONDITIONED)
         least = max(0.0, least - self.l2)  # the l2 may do alone
         return balanced_damping(ratio, START * scale, least)
+
+    def _sample(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions of examples to remove, of others to add, and of unseen ones to ask about, as queries would be."""
+        generator = torch.Generator().manual_seed(0)
+
+        def mixed(where: Tensor) -> Tensor:
+            positions = where.nonzero()[:, 0]
+            return positions[torch.randperm(len(positions), generator=generator)]
+
+        least, most, outputs = CHANGED
+        count = min(most, max(least, outputs // self.width))
+        removals, others = mixed(self.inside)[:count], mixed(~self.inside)
+        asked = others[: min(QUERIES, len(others) // 2)]
+        return removals, others[len(asked) : len(asked) + count], asked
 
     def _pull(
         self, factor: Tensor, positions: Tensor, own: Tensor, weighed: Tensor, shift: float

@@ -37,6 +37,9 @@ from upweight.errors import UpweightError
 from upweight.scores import Scores, SelfInfluence
 from upweight.task import Task
 
+LEAST_SPREAD = 0.2
+"""Standard deviation of the subsets' sizes, as a share of n, that Shapley values take: .29 of all sizes alike, .23 of
+those from a tenth to nine tenths, .5 / sqrt(n) of coin tosses."""
 INNER_FOLDS = 3
 """Folds by which the penalty is chosen again inside each fold of the held-out score."""
 
@@ -69,7 +72,8 @@ class Datamodel:
         estimator: ``"lasso"`` (sparse), ``"ridge"`` (better where subsets are few and every example counts a little),
             or ``"difference"``: the mean outcome without the example minus the mean with it (subsampled influence; of
             half-subsets, the Data Banzhaf value by maximum sample reuse), which has no penalty; or ``"shapley"``: the
-            Data Shapley value, up to a constant, of `evaluate.subsets.any_size`.
+            Data Shapley value, up to a constant, of a bank of `evaluate.subsets.any_size` (with `least` and `most`, the
+            mean over these sizes alone).
         alpha: ``"cv"`` chooses each query's penalty on held-out masks; a number is the penalty of the objective
             ``|Y - b - Z w|^2 / 2J + alpha |w|_1`` (ridge: ``+ alpha |w|^2 / 2``); 0 is least squares, which needs more
             subsets than training examples.
@@ -124,10 +128,12 @@ class Datamodel:
         self.folds, self.seed = folds, seed
         self._masks, self._values, self._query_ids, self._blocks, self._dropped = _read(outcomes, task)
         sizes = self._masks.sum(1)
-        if estimator == "shapley" and (len(np.unique(sizes)) < 3 or sizes.max() == self._masks.shape[1]):
+        n = self._masks.shape[1]
+        if estimator == "shapley" and (sizes.std() < LEAST_SPREAD * n or sizes.max() == n):
             raise UpweightError(
-                f"subsets of {sizes.min()} to {sizes.max()} of {self._masks.shape[1]} examples, expected all sizes "
-                "below the whole alike -> a bank of evaluate.subsets.any_size(n, count)"
+                f"subsets of {sizes.min()} to {sizes.max()} of {n} examples, with a standard deviation of "
+                f"{sizes.std():.3g}, expected all sizes below the whole alike -> a bank of "
+                "evaluate.subsets.any_size(n, count)"
             )
         known = (getattr(outcomes, "info", None) or {}).get("queries")
         self._queries = known if isinstance(known, str) else None
@@ -176,6 +182,7 @@ class Datamodel:
         self._facts |= {
             "held_out_lds": float(held_out.mean()),
             "held_out_lds_by_query": held_out.tolist(),
+            "subset_sizes": [int(sizes.min()), int(sizes.max())],
             "subset_fraction": float(self._masks.mean()),
             "identified": "up to a constant per query: relative to removing an average example"
             if one_size
