@@ -132,6 +132,19 @@ def test_scores_equal_the_dense_inverse(curvature: str, damping: float, solver):
     json.dumps(scores.info)
 
 
+@pytest.mark.parametrize(("curvature", "damping"), [("ggn", 1e-2), ("hessian", 0.7)])
+def test_blocks_are_a_matrix_for_every_layer(curvature: str, damping: float):
+    model = small()
+    H, G, V = dense(model, curvature)
+    H += damping * torch.eye(len(H), dtype=torch.float64)
+    method = influence(model, curvature, damping=damping, blocks=True).fit(TRAIN)
+    found = method.attribute(QUERY, per_layer=True)
+    first = sum(p.numel() for p in model[0].parameters())
+    for name, own in (("0", slice(first)), ("2", slice(first, None))):
+        truth = V[:, own] @ torch.linalg.solve(H[own, own], G[:, own].T) / len(G)
+        assert relative(found.layers[name], truth) < 1e-10
+
+
 @pytest.mark.parametrize(
     ("solver", "tolerance"),
     [("cg", 1e-5), ("lissa", 5e-3), ("arnoldi", 1e-8), ("nystrom", 1e-6), ("astra", 5e-2), ("dual", 1e-8)],
@@ -335,6 +348,9 @@ def test_a_matrix_that_does_not_fit_is_refused_and_the_default_goes_on_without()
         ({"curvature": "ekfac", "l2": 0.1}, "models the loss alone"),
         ({"l2": -1.0}, "l2=-1.0"),
         ({"curvature": "hessian", "solver": "dual"}, "sum of squares"),
+        ({"solver": "dual", "blocks": True}, "couples all layers"),
+        ({"curvature": "ekfac", "blocks": True}, "never couples layers"),
+        ({"correction": "rescaled", "blocks": True}, "one matrix over all layers"),
         ({"curvature": "fisher"}, "'hessian'"),
         ({"damping": "0.1 median"}, "'0.01 top'"),
     ],
@@ -345,7 +361,7 @@ def test_arguments_that_do_not_go_together(options, message: str):
 
 
 def test_what_only_the_fit_can_see():
-    with pytest.raises(UpweightError, match="one matrix over all"):
+    with pytest.raises(UpweightError, match="one number for all"):
         influence(damping={"0": 0.1}).fit(TRAIN)
     with pytest.raises(UpweightError, match="preconditioner='jacobi'"):
         influence(preconditioner="jacobi").fit(TRAIN)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from curvature_oracles import relative
 from small_problem import CURVATURES, QUERY, TRAIN, cross_entropy, influence, small
 from torch import Tensor, nn
@@ -130,3 +131,37 @@ def test_frozen_parameters_contribute_nothing(curvature):
     assert relative(frozen.values, filtered.values) < 1e-12
     assert filtered.info["coverage"]["parameters"] == pytest.approx(21 / 51)
     assert frozen.info["coverage"]["parameters"] == 1.0
+
+
+class KeyBias(nn.Module):
+    """Attention whose keys have a bias of their own: the softmax does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(4, 6), nn.Linear(4, 6, bias=False), nn.Linear(4, 6)
+        self.silent, self.out = nn.Parameter(torch.randn(6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended = F.scaled_dot_product_attention(self.query(x), self.key(x) + self.silent, self.value(x))
+        return self.out(attended.mean(1))
+
+
+def shifted() -> nn.Module:
+    """A transposed convolution whose bias every map's own mean takes away."""
+    norm = nn.InstanceNorm2d(2, affine=True)
+    return nn.Sequential(nn.ConvTranspose2d(1, 2, 3), norm, nn.Tanh(), nn.Flatten(), nn.Linear(98, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diagonal", "datainf"])
+@pytest.mark.parametrize(
+    ("build", "shape", "silent"), [(KeyBias, (5, 4), "silent"), (shifted, (1, 5, 5), "0.bias")]
+)
+def test_a_gradient_that_is_only_rounding_scores_next_to_nothing(build, shape, silent, curvature, dtype):
+    """Damped by a tenth of its own eigenvalues it would be as large as any other layer's, and different each time."""
+    torch.manual_seed(0)
+    model = build().to(dtype).eval()
+    batch = torch.randn(30, *shape, dtype=dtype), torch.randint(0, 3, (30,))
+    method = uw.Influence(model, uw.Classification(), curvature=curvature, progress=False).fit(batch)
+    scores = method.attribute(tuple(part[:5] for part in batch), per_layer=True)
+    assert 0 < float(scores.layers[silent].abs().max()) < 1e-6 * float(scores.values.abs().max())

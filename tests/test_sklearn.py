@@ -244,7 +244,7 @@ def test_refused_with_the_way_out():
             (LinearSVC(loss="hinge").fit(X, y), "squared_hinge"),
             (LinearSVR().fit(Xn, yn), "squared_epsilon"),
             (SGDClassifier().fit(X, y), "log_loss"),
-            (Ridge(alpha=[1.0, 2.0]).fit(*two_numbers()), "one for all outputs"),
+            (Ridge(alpha=np.array([1.0, 2.0])).fit(*two_numbers()), "one for all outputs"),
             (Ridge(positive=True).fit(Xn, yn), "positive=False"),
             (MLPClassifier(early_stopping=True, max_iter=2).fit(X, y), "early_stopping"),
             (MLPRegressor(solver="lbfgs", max_iter=2).fit(*two_numbers()), "minimum of neither"),

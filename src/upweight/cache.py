@@ -222,6 +222,7 @@ def encode(gradients: Gradients, precision: Precision) -> tuple[dict[str, Tensor
                     "cols": put(p.cols),
                     "patches": _geometry(p.patches),
                     "windows": list(p.windows),
+                    "swapped": p.swapped,
                     "real": None if p.real is None else put(p.real),
                 }
                 for p in block.pieces
@@ -262,7 +263,8 @@ def decode(
                     get(p["cols"]),
                     _patches(p["patches"]),
                     tuple(p["windows"]),
-                    real=None if p["real"] is None else get(p["real"]),
+                    p.get("swapped", False),
+                    None if p["real"] is None else get(p["real"]),
                 )
                 for p in spec["pieces"]
             )

@@ -21,6 +21,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ekfac": ("Influence", {"curvature": "ekfac"}),
     "kfac": ("Influence", {"curvature": "kfac"}),
     "ggn": ("Influence", {"curvature": "ggn"}),
+    "block-ggn": ("Influence", {"curvature": "ggn", "blocks": True}),
     "hessian": ("Influence", {"curvature": "hessian"}),
     "datainf": ("Influence", {"curvature": "datainf"}),
     "diagonal": ("Influence", {"curvature": "diagonal"}),

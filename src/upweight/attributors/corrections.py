@@ -41,10 +41,15 @@ ROWS_SHARE = 0.05
 CORRECTIONS = ("rescaled", "relative", "relative-loss")
 
 
-def check_correction(correction: str | None) -> None:
-    """Raise unless it is known."""
+def check_correction(correction: str | None, blocks: bool = False) -> None:
+    """Raise unless it is known, and known of a curvature of blocks."""
     if correction is not None and correction not in CORRECTIONS:
         raise UpweightError(f"correction={correction!r} is unknown -> use None or one of {list(CORRECTIONS)}")
+    if correction == "rescaled" and blocks:
+        raise UpweightError(
+            "correction='rescaled' takes an example out of one matrix over all layers, expected blocks=False -> use "
+            "curvature='ekfac', or no correction"
+        )
 
 
 class Correction:

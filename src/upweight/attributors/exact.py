@@ -25,7 +25,7 @@ PRECONDITIONERS = ("sketch", "ekfac", "kfac", "diagonal")
 DEFAULT_PRECONDITIONER = {"cg": "sketch", "astra": "ekfac"}
 
 
-def check_curvature(curvature: str, solver: str | Solver | None, l2: L2) -> None:
+def check_curvature(curvature: str, solver: str | Solver | None, l2: L2, blocks: bool = False) -> None:
     """Raise unless curvature, solver and regulariser are known and go together."""
     known = [*KINDS, "datainf", *EXACT_KINDS]
     if curvature not in known:
@@ -39,6 +39,8 @@ def check_curvature(curvature: str, solver: str | Solver | None, l2: L2) -> None
                 "solver='dual' needs H as a sum of squares, which a Hessian is not -> use curvature='ggn' or "
                 "another solver"
             )
+        if solver == "dual" and blocks:
+            raise UpweightError("solver='dual' couples all layers, expected blocks=False -> use solver='cg'")
         if solver == "dual" and not isinstance(l2, (int, float)):
             raise UpweightError(
                 "solver='dual' takes one l2 for all parameters -> give a number, or use solver='direct'"
@@ -48,6 +50,11 @@ def check_curvature(curvature: str, solver: str | Solver | None, l2: L2) -> None
         raise UpweightError(
             f"solver={solver!r} does not apply to curvature={curvature!r}, whose inverse is known in closed form -> "
             "leave it None, or use curvature='ggn' or 'hessian'"
+        )
+    if blocks:
+        raise UpweightError(
+            f"blocks=True does not apply to curvature={curvature!r}, which never couples layers -> leave it out, or "
+            "use curvature='ggn' or 'hessian'"
         )
     if not isinstance(l2, (int, float)) or l2:
         raise UpweightError(
@@ -67,6 +74,7 @@ def fit_exact(method: Influence, tracker: Tracker, examples: Examples) -> Solved
         method.curvature,
         method.l2,
         method.batch_size,
+        method.blocks,
         fisher=fisher,
         draws=method.draws,
         seed=method.seed,
@@ -83,7 +91,8 @@ def fit_exact(method: Influence, tracker: Tracker, examples: Examples) -> Solved
             f"preconditioner={preconditioner!r} is unknown -> use 'auto', None, one of "
             f"{list(PRECONDITIONERS)} or an object"
         )
-    represented = dict.fromkeys(tracker.layers, f"exact {method.curvature}, one matrix over all layers")
+    extent = "a matrix for every layer" if method.blocks else "one matrix over all layers"
+    represented = dict.fromkeys(tracker.layers, f"exact {method.curvature}, {extent}")
     curvature = SolvedCurvature(operator, solver, preconditioner, {"represented": represented})
     curvature.prepare(method.damping)
     return curvature
@@ -92,7 +101,8 @@ def fit_exact(method: Influence, tracker: Tracker, examples: Examples) -> Solved
 def solver_settings(curvature: Any, preconditioner: Any) -> dict[str, Any]:
     """What solves with a curvature, and its options that are numbers or words."""
     chosen = {"solver": curvature.solver, "preconditioner": preconditioner}
-    return {
+    whole = {"blocks": True} if curvature.operator.blocks else {}
+    return whole | {
         name: part
         if part is None or isinstance(part, str)
         else {

@@ -72,6 +72,7 @@ class Influence(TrainingSetChanges):
             ``"diagonal"``, an object with ``@``, None, or ``"auto"``: a sketch for ``"cg"``, EK-FAC for ``"astra"``.
         l2: for exact curvatures: the regulariser ``(1/2) sum_j l2_j theta_j^2`` of the training objective, which is
             part of H: one coefficient, {regular expression of parameter names: coefficient}, or a tensor [p].
+        blocks: for exact curvatures: leave out what couples different layers.
         correction: None; ``"rescaled"`` (RIF: the curvature without the removed example; with ``"ekfac"`` and
             ``"kfac"`` the example leaves the eigenvalues only, which corrects much less); ``"relative"`` or
             ``"relative-loss"`` (RelatIF, divided by the size of the example's step, or of its effect on its own loss;
@@ -121,6 +122,7 @@ class Influence(TrainingSetChanges):
         solver: str | Solver | None = None,
         preconditioner: str | Sketch | Preconditioner | None = "auto",
         l2: L2 = 0.0,
+        blocks: bool = False,
         correction: str | None = None,
         fisher: str = "auto",
         draws: int = 4,
@@ -136,12 +138,10 @@ class Influence(TrainingSetChanges):
             raise UpweightError(
                 f"task is {type(task).__name__}, expected a Task -> uw.Classification() for example"
             )
-        check_curvature(curvature, solver, l2)
-        check_correction(correction)
+        check_curvature(curvature, solver, l2, blocks)
+        check_correction(correction, blocks)
         if batch_size is not None and batch_size < 1:
-            raise UpweightError(
-                f"batch_size={batch_size}, expected at least 1 -> leave it None to have it chosen"
-            )
+            raise UpweightError(f"batch_size={batch_size}, expected at least 1 -> None has it chosen")
         if draws < 1:
             raise UpweightError(f"draws={draws}, expected at least 1")
         if not 0 <= tolerance < 1:
@@ -149,7 +149,7 @@ class Influence(TrainingSetChanges):
         self.model, self.task, self.curvature = model, task, curvature
         self.damping = Damping.of(damping)
         self.solver, self.preconditioner, self.l2 = solver, preconditioner, l2
-        self.correction = correction
+        self.correction, self.blocks = correction, blocks
         self.fisher, self.draws, self.parameters = fisher, draws, parameters
         self.memory, self.batch_size, self.tolerance = parse_memory(memory), batch_size, tolerance
         self.seed, self.autocast, self.progress = seed, autocast, progress

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from upweight.curvature.damping import Damping
@@ -31,12 +32,10 @@ class Curvature:
 
     def damping(self, damping: Damping) -> dict[str, float]:
         """The damping of every layer, from its raw eigenvalues."""
-        damping.check_layers(list(self.layers))
-        least = self.info.get("implicit_l2", 0.0)
-        return {
-            name: damping.resolve(name, float(c.eigenvalues.mean()), float(c.eigenvalues.max()), least)
-            for name, c in self.layers.items()
-        }
+        values = {name: layer.eigenvalues for name, layer in self.layers.items()}
+        spectra = {name: (float(found.mean()), float(found.max())) for name, found in values.items()}
+        precision = max((torch.finfo(found.dtype).eps for found in values.values()), default=0.0)
+        return damping.by_layer(spectra, precision, self.info.get("implicit_l2", 0.0))
 
     def inverse(self, damping: Damping) -> Inverse:
         """``(H + damping I)^-1`` as an operator on `Gradients`. Costs nothing: the eigenvalues are kept raw."""

@@ -19,6 +19,8 @@ from typing import TypeAlias
 from upweight.errors import UpweightError
 
 AUTO_FRACTION = 0.1
+ROUNDING = 8
+"""A gradient this many times a number's precision, beside that of another layer, is rounding: measured, up to once."""
 _RELATIVE = re.compile(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(mean|top)\s*")
 
 
@@ -90,6 +92,25 @@ class Damping:
         # A layer without any curvature has no gradient either: any damping gives its zero scores.
         found = self.value * scale if scale > 0 else 1.0
         return max(found, least) if self.auto else found
+
+    def by_layer(
+        self, spectra: Mapping[str, tuple[float, float]], precision: float, least: float = 0.0
+    ) -> dict[str, float]:
+        """The damping of every layer, from its mean and its largest eigenvalue.
+
+        A bias before a normalisation, or one of attention's keys, changes nothing, and its gradient is rounding.
+        Relative to itself, rounding would count like any other layer's scores: it is damped as the largest layer is.
+
+        Args:
+            spectra: {layer: (mean, largest) eigenvalue}.
+            precision: of the numbers that gradients were computed in: the distance from 1 to the next one.
+            least: what an automatic damping is at least.
+        """
+        self.check_layers(list(spectra))
+        largest = max(spectra.values(), default=(0.0, 0.0))
+        noise = (ROUNDING * precision) ** 2 * largest[0]
+        seen = {name: found if found[0] > noise else largest for name, found in spectra.items()}
+        return {name: self.resolve(name, mean, top, least) for name, (mean, top) in seen.items()}
 
     def describe(self) -> float | str:
         """The rule in words, or the number."""

@@ -39,23 +39,29 @@ class DataInfCurvature:
         training: passes over the training gradients.
         layers: the tracked layers.
         norms: {layer: ``|g_i|^2`` [n]}, float64.
+        precision: of the gradients: the distance from 1 to the next number.
         info: what is represented how.
     """
 
     training: Pass[Gradients]
     layers: Mapping[str, Layer]
     norms: Mapping[str, Tensor]
+    precision: float
     info: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def fit(training: Pass[Gradients], layers: Mapping[str, Layer]) -> DataInfCurvature:
         """One pass over the training gradients."""
-        norms: dict[str, list[Tensor]] = {name: [] for name in layers}
+        parts: dict[str, list[Tensor]] = {name: [] for name in layers}
+        precision = 0.0
         for step in training:
-            for name, block in step.load().items():
-                norms[name].append(layer_squared_norms(block))
+            gradients = step.load()
+            precision = torch.finfo(gradients.dtype).eps
+            for name, block in gradients.items():
+                parts[name].append(layer_squared_norms(block))
+        norms = {name: torch.cat(part) for name, part in parts.items()}
         represented = {"represented": dict.fromkeys(layers, "mean of per-example inverses")}
-        return DataInfCurvature(training, layers, {k: torch.cat(v) for k, v in norms.items()}, represented)
+        return DataInfCurvature(training, layers, norms, precision, represented)
 
     @property
     def n(self) -> int:
@@ -64,9 +70,8 @@ class DataInfCurvature:
 
     def damping(self, damping: Damping) -> dict[str, float]:
         """The damping of every layer; its mean eigenvalue is ``mean_i |g_i|^2 / p_l``."""
-        damping.check_layers(list(self.layers))
         means = {name: float(self.norms[name].mean()) / layer.numel for name, layer in self.layers.items()}
-        return {name: damping.resolve(name, mean) for name, mean in means.items()}
+        return damping.by_layer({name: (mean, 0.0) for name, mean in means.items()}, self.precision)
 
     def inverse(self, damping: Damping) -> DataInfInverse:
         """The mean of the examples' damped inverses. Another damping costs nothing."""

@@ -59,8 +59,8 @@ class SolvedCurvature:
         """The damping as one number; a relative or automatic one is worked out from the spectrum once."""
         if damping.layers:
             raise UpweightError(
-                f"damping names layers, but curvature={self.operator.kind!r} is one matrix over all of them, expected "
-                "one number -> give a number, or use curvature='ekfac'"
+                f"damping names layers, but curvature={self.operator.kind!r} takes one number for all of them -> "
+                "give a number, or use curvature='ekfac'"
             )
         if damping not in self._chosen:
             self._chosen[damping] = self._resolve(damping)
