@@ -100,6 +100,21 @@ def interval(estimate: float, replicates: np.ndarray, units: int, level: float) 
     return float(low), float(high)
 
 
+def interaction_once(one_way: np.ndarray, other_way: np.ndarray, both: np.ndarray) -> np.ndarray:
+    """Replicates of two factors resampled at once, scaled about their mean to the variance that they should have.
+
+    They count the interaction of query and subset three times instead of once ("The pigeonhole bootstrap", arXiv
+    0712.1111). The variance ``2 (v_one + v_other) - v_both`` counts it once; it is never less than either factor's own.
+    """
+    known = [replicates[np.isfinite(replicates)] for replicates in (one_way, other_way, both)]
+    if min(len(replicates) for replicates in known) < 2:
+        return both
+    size = float(np.abs(known[2]).max()) or 1.0  # squares of huge or tiny numbers are no numbers
+    one, other, v_both = (np.var(replicates / size) for replicates in known)
+    scale = np.sqrt(max(one, other, 2 * (one + other) - v_both) / v_both) if v_both > 0 else 1.0
+    return known[2].mean() + scale * (both - known[2].mean())
+
+
 def estimate_mean(
     per_query: np.ndarray,
     by_subsets: np.ndarray | None,
@@ -119,9 +134,6 @@ def estimate_mean(
         observations: How many subsets there are, if they come in blocks. Of fewer than five there is no interval: three
             subsets have six orders, and resampling a perfect one gives a perfect one again.
 
-    Both factors resampled at once count the interaction of query and subset three times instead of once ("The
-    pigeonhole bootstrap", arXiv 0712.1111), so that interval is scaled to the variance ``2 (v_queries + v_subsets) -
-    v_both``, which counts it once, and never to less than either factor's own.
     """
     defined = np.isfinite(per_query)
     queries = int(defined.sum())
@@ -143,13 +155,9 @@ def estimate_mean(
         undefined = len(by_subsets) - len(both)
         intervals |= {"subsets": (math.nan, math.nan), "both": (math.nan, math.nan)}
         if len(other_way) > 1 and len(both) > 1:
-            v_queries, v_subsets, v_both = one_way.var(), other_way.var(), both.var()
-            variance = max(v_queries, v_subsets, 2 * (v_queries + v_subsets) - v_both)
-            scale = np.sqrt(variance / v_both) if v_both > 0 else 1.0
             intervals["subsets"] = interval(mean, other_way, blocks, level)
-            intervals["both"] = interval(
-                mean, both.mean() + scale * (both - both.mean()), min(blocks, queries), level
-            )
+            once = interaction_once(one_way, other_way, both)
+            intervals["both"] = interval(mean, once, min(blocks, queries), level)
     return Estimate(mean, intervals, undefined)
 
 

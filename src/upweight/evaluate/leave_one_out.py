@@ -9,13 +9,20 @@ adds a constant per query that retraining on the sum of losses over n does not h
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from upweight.errors import UpweightError
 from upweight.evaluate._tables import Axes, axes_or_new, frame
-from upweight.evaluate.bootstrap import Estimate, check_options, draw_counts, estimate_mean, interval
+from upweight.evaluate.bootstrap import (
+    Estimate,
+    check_options,
+    draw_counts,
+    estimate_mean,
+    interaction_once,
+    interval,
+)
 from upweight.evaluate.outcomes import Outcomes, as_scores, check_unit
 from upweight.evaluate.ranks import spearman, weighted_pearson
 from upweight.scores import Scores
@@ -181,13 +188,7 @@ def leave_one_out(
         "examples": (_line(x, y, each, drawn), len(examples)),
         "both": (_line(x, y, queries, drawn), min(count, len(examples))),
     }
-    slope, intercept = (
-        Estimate(
-            float(line[part]),
-            {k: interval(line[part], lines[part], units, level) for k, (lines, units) in resampled.items()},
-        )
-        for part in (0, 1)
-    )
+    slope, intercept = (_estimate(line[part], part, resampled, level) for part in (0, 1))
     return LeaveOneOut(
         pearson,
         correlation,
@@ -254,6 +255,14 @@ def _line(
     varies = spread > 1e-24 * weight + 1e-13 * suu
     slope = np.divide(shared, spread, out=np.full(len(weight), np.nan), where=varies)
     return slope / size, y_mean + (sv - slope * su) / weight - slope / size * x_mean
+
+
+def _estimate(value: float, part: int, resampled: dict[str, Any], level: float) -> Estimate:
+    """The slope (part 0) or the intercept (part 1), with an interval over queries, examples and both."""
+    lines = {name: found[part] for name, (found, _) in resampled.items()}
+    lines["both"] = interaction_once(lines["queries"], lines["examples"], lines["both"])
+    found = {name: interval(value, lines[name], units, level) for name, (_, units) in resampled.items()}
+    return Estimate(float(value), found)
 
 
 def _renamed(estimate: Estimate) -> Estimate:
