@@ -9,6 +9,7 @@ from curvature_oracles import relative
 from gauss_newton import flat_order, in_flat_order, undone
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 import upweight as uw
 from upweight.curvature.exact import ExactCurvature
@@ -185,6 +186,38 @@ def test_blocks_leave_out_what_couples_layers(kind):
     assert float((truth - whole.dense()).abs().max()) > 1e-3
     close(blocks.dense(), truth)
     close(blocks.product(vectors(whole.size, 2)), truth @ vectors(whole.size, 2))
+
+
+class Pooled(nn.Module):
+    """A sum over a text's positions, without its padding: token 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(11, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (self.head(self.mix(self.table(tokens)).tanh()) * (tokens != 0)[..., None]).sum(1)
+
+
+def test_mini_batches_of_texts_of_several_lengths():
+    """Examples drawn from several batches are multiplied together, those of one length at a time."""
+    torch.manual_seed(0)
+    lengths, labels = (3, 3, 5, 5, 3, 3, 5, 5), torch.randint(0, 3, (8,))
+    texts = [(torch.randint(1, 11, (length,)), label) for length, label in zip(lengths, labels, strict=True)]
+
+    def padded(items):
+        return nn.utils.rnn.pad_sequence([x for x, _ in items], batch_first=True), torch.stack(
+            [y for _, y in items]
+        )
+
+    task = uw.Classification()
+    task.mask = lambda batch: batch[0] != 0
+    model, examples = Pooled().double(), Examples(DataLoader(texts, 2, collate_fn=padded))
+    H = ExactCurvature(Tracker(model, task, examples), examples)
+    x, asked = vectors(H.size, 3), [0, 2, 3, 5, 7]
+    alone = [H.sampled_product(x, [i]) for i in asked]
+    close(H.sampled_product(x, asked), sum(alone) / 5)
+    close(H.product(x), sum(H.sampled_product(x, [i]) for i in range(8)) / 8)
 
 
 @pytest.mark.parametrize("kind", ["ggn", "hessian"])

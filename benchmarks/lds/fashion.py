@@ -58,7 +58,9 @@ def train_fn(indices: np.ndarray, seed: int) -> nn.Module:
 ONCE = {
     **ALONG_THE_RUN,
     **CORRECTED,
-    "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(3e-2,)),
+    "EK-FAC, one sampled label": influence("ekfac", fisher="sampled", draws=1),
+    "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(1e-2, 3e-2, 1e-1)),
+    "GGN in blocks, exact": influence("ggn", blocks=True, solver="cg", l2=True, dampings=(1e-2, 3e-2)),
     "GGN, Arnoldi of rank 200": solved(Arnoldi(rank=200), 3e-2),
     "GGN, Nyström of rank 200": solved(Nystrom(rank=200), 3e-2),
     "GGN, 100 steps of ASTRA": solved(Astra(iterations=100), 3e-2),

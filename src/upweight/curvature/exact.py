@@ -227,10 +227,12 @@ class ExactCurvature:
             yield Root.of(self.tracker.fisher(batch, ids, self.fisher, self.columns, generator))
             return
         wanted = torch.as_tensor(positions, device=self.tracker.device)
+        parts: list[Root] = []
         for step in self._roots:
             here = wanted[(wanted >= step.start) & (wanted < step.stop)] - step.start
             if len(here):
-                yield step.load().take(here)
+                parts.append(step.load().take(here))
+        yield from Root.joined(parts)
 
     def _regularised(self, product: Tensor, x: Tensor) -> Tensor:
         if not is_finite(product):

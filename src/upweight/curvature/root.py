@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,15 @@ class LayerRoot(Protocol):
 
     def take(self, rows: Tensor) -> LayerRoot:
         """The examples at these positions."""
+        ...
+
+    def join(self, parts: Sequence[Any]) -> LayerRoot:
+        """These parts of the same layer, this one among them, as one batch; their `signature` is the same."""
+        ...
+
+    @property
+    def signature(self) -> tuple[int, ...]:
+        """Sizes that parts must have in common to be joined: sequences may differ in length."""
         ...
 
     @property
@@ -104,6 +113,20 @@ class SharedInputs:
     def take(self, rows: Tensor) -> SharedInputs:
         return SharedInputs(self.deltas[:, rows], _take(self.block, rows), self.shape)
 
+    def join(self, parts: Sequence[SharedInputs]) -> SharedInputs:
+        blocks = [part.block for part in parts]
+        pieces = tuple(
+            replace(uses[0], rows=torch.cat([p.rows for p in uses]), cols=torch.cat([p.cols for p in uses]))
+            for uses in zip(*(block.pieces for block in blocks), strict=True)
+        )
+        block = Factored(pieces, self.block.groups, self.block.ones)
+        return SharedInputs(torch.cat([part.deltas for part in parts], 1), block, self.shape)
+
+    @property
+    def signature(self) -> tuple[int, ...]:
+        uses = (size for p in self.block.pieces for size in (*p.rows.shape[1:], *p.cols.shape[1:]))
+        return (*self.deltas.shape[2:], *uses)
+
     @property
     def work(self) -> int:
         return min(self.deltas.shape[3], self.deltas.shape[2])
@@ -154,6 +177,13 @@ class Formed:
     def take(self, rows: Tensor) -> Formed:
         return Formed(self.values[rows])
 
+    def join(self, parts: Sequence[Formed]) -> Formed:
+        return Formed(torch.cat([part.values for part in parts]))
+
+    @property
+    def signature(self) -> tuple[int, ...]:
+        return tuple(self.values.shape[1:])
+
     @property
     def work(self) -> int:
         return self.values.shape[1]
@@ -192,6 +222,14 @@ class LookedUp:
     def take(self, rows: Tensor) -> LookedUp:
         return LookedUp(self.ids[rows], self.rows[rows], self.table)
 
+    def join(self, parts: Sequence[LookedUp]) -> LookedUp:
+        ids, rows = torch.cat([part.ids for part in parts]), torch.cat([part.rows for part in parts])
+        return LookedUp(ids, rows, self.table)
+
+    @property
+    def signature(self) -> tuple[int, ...]:
+        return (*self.ids.shape[1:], *self.rows.shape[1:])
+
     @property
     def work(self) -> int:
         return self.rows.shape[1]
@@ -224,6 +262,28 @@ class Root:
     def take(self, rows: Tensor) -> Root:
         """The examples at these positions."""
         return Root({name: layer.take(rows) for name, layer in self.layers.items()}, len(rows), self.columns)
+
+    @staticmethod
+    def joined(parts: Sequence[Root]) -> list[Root]:
+        """The same examples in as few roots as they have lengths.
+
+        A product with few examples mostly reads and writes its vectors, which are as long as the parameters.
+        """
+        alike: dict[tuple[Any, ...], list[Root]] = {}
+        for part in parts:
+            signature = tuple((name, layer.signature) for name, layer in part.layers.items())
+            alike.setdefault(signature, []).append(part)
+        return [
+            Root(
+                {
+                    name: layer.join([p.layers[name] for p in found])
+                    for name, layer in found[0].layers.items()
+                },
+                sum(p.batch for p in found),
+                found[0].columns,
+            )
+            for found in alike.values()
+        ]
 
     def dense(self) -> Tensor:
         """[batch * columns, p]."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import stats
 
 from upweight._ranking import extremes
 from upweight.errors import UpweightError
 from upweight.evaluate._tables import Axes, axes_or_new, frame
 from upweight.evaluate.bank import RetrainingBank
+from upweight.evaluate.bootstrap import Estimate
 from upweight.evaluate.given import finite_table
 from upweight.evaluate.subsets import Subsets, full, removals
 from upweight.scores import Scores
@@ -43,9 +46,16 @@ class Brittleness:
     judged: int
     trained: int
 
-    def flipped(self, k: int) -> float:
-        """Share of the judged queries that at most k removals flip; lower-bounded by what the scores can find."""
-        return float((self.smallest <= k).sum() / self.judged) if self.judged else float("nan")
+    def flipped(self, k: int, level: float = 0.95) -> Estimate:
+        """Share of the judged queries that at most k removals flip, with Wilson's interval over queries.
+
+        It is a lower bound of what other removals might: the scores need not find the smallest.
+        """
+        if not self.judged:
+            return Estimate(math.nan, {})
+        found = stats.binomtest(int((self.smallest <= k).sum()), self.judged)
+        low, high = found.proportion_ci(level, method="wilson")
+        return Estimate(float(found.statistic), {"queries": (float(low), float(high))})
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row per query: query, smallest."""
@@ -55,14 +65,17 @@ class Brittleness:
         """Share of queries flipped against the number removed."""
         axes = axes_or_new(axes)
         sizes = np.arange(self.largest + 1)
-        axes.step(sizes, [self.flipped(k) for k in sizes.tolist()], where="post")
+        found = [self.flipped(k) for k in sizes.tolist()]
+        axes.step(sizes, [e.value for e in found], where="post")
+        axes.fill_between(sizes, [e.low for e in found], [e.high for e in found], alpha=0.2, step="post")
         axes.set(xlabel="proponents removed", ylabel="predictions flipped", ylim=(0, 1))
         return axes
 
     def __str__(self) -> str:
         return (
-            f"{self.flipped(self.largest):.1%} of {self.judged} predictions flip within {self.largest} removals "
-            f"({len(self.smallest) - self.judged} queries not judged, {self.trained} subsets retrained)"
+            f"share of {self.judged} predictions that flip within {self.largest} removals: "
+            f"{self.flipped(self.largest)} ({len(self.smallest) - self.judged} queries not judged, "
+            f"{self.trained} subsets retrained)"
         )
 
 
