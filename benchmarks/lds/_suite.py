@@ -26,6 +26,7 @@ from torch import nn
 
 import upweight as uw
 from upweight.evaluate import LDS, Outcomes, lds, noise_ceiling, subsets
+from upweight.evaluate.bootstrap import estimate_mean
 
 FIRST_SEED = 1000
 """Seed of the first model that is explained: none of the bank's, of whose noise a method must know nothing."""
@@ -260,8 +261,13 @@ def held_out(setting: Setting, outcomes: Outcomes) -> str:
     train, query = setting.data()
     odd = split(outcomes)[1]
     made = uw.Datamodel(None, setting.task, outcomes=outcomes.for_queries(odd), estimator="ridge").fit(train)
-    found = made.attribute(tuple(part[odd] for part in query)).info["held_out_lds"]
-    return f"A datamodel (ridge regression of this bank's outcomes on its subsets) has {found:.3f} on subsets held out."
+    info = made.attribute(tuple(part[odd] for part in query)).info
+    each = np.asarray(info["held_out_lds_by_query"])
+    found = estimate_mean(each, None, 0, 0.95, np.random.default_rng(0))
+    return (
+        f"A datamodel (ridge regression of this bank's outcomes on its subsets) has {found} on subsets held out "
+        "(interval over queries)."
+    )
 
 
 def _share(result: LDS) -> str:
