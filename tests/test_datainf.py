@@ -121,5 +121,7 @@ def test_what_it_refuses(case):
     curvature = fit(tracker, batch)
     with refused("damping=0 of layer"):
         curvature.inverse(Damping(0.0))
+    with refused("the largest eigenvalue is not known"):
+        curvature.inverse(Damping.of("0.01 top"))
     with refused("nowhere"):
         curvature.inverse(Damping.of({"nowhere": 1.0}))

@@ -120,6 +120,8 @@ def test_shapley_values_by_sampling():
     tossed = np.random.default_rng(0).random((400, 12)) < 0.5  # of many sizes, but most near a half
     with refused("expected all sizes below the whole alike"):
         datamodel(tossed, np.ones((400, 1)), estimator="shapley")
+    some = subsets.any_size(100, 200, least=0.3, most=0.7).masks  # the mean over these sizes
+    assert datamodel(some, np.ones((len(some), 1)), estimator="shapley").values.shape == (1, 100)
     with refused("each comes with its complement"):
         subsets.any_size(12, 4, least=0.5)
 

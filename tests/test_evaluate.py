@@ -11,6 +11,7 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import upweight as uw
+from upweight.errors import UpweightError
 from upweight.evaluate import (
     Outcomes,
     brittleness,
@@ -198,6 +199,8 @@ def test_brittleness_finds_the_smallest_number_by_bisection():
     result = brittleness(scores, retrain, largest=16)
     np.testing.assert_array_equal(result.smallest, [1, 2, 7, 16, math.inf, math.nan])
     assert result.judged == 5 and result.flipped(7).value == 3 / 5 and result.flipped(16).value == 4 / 5
+    with pytest.raises(UpweightError, match="between 0 and 1"):
+        result.flipped(7, level=1.5)
     # Wilson's interval of 3 of 5, from its formula: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
     assert (result.flipped(7).low, result.flipped(7).high) == pytest.approx((0.2307, 0.8824), abs=1e-4)
     assert result.trained <= 1 + 5 + 4 * 4 and calls == sorted(calls)

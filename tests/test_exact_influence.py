@@ -143,6 +143,8 @@ def test_blocks_are_a_matrix_for_every_layer(curvature: str, damping: float):
     for name, own in (("0", slice(first)), ("2", slice(first, None))):
         truth = V[:, own] @ torch.linalg.solve(H[own, own], G[:, own].T) / len(G)
         assert relative(found.layers[name], truth) < 1e-10
+    with pytest.raises(UpweightError, match="one matrix over all layers"):
+        method.removal([0], QUERY)
 
 
 @pytest.mark.parametrize(

@@ -164,4 +164,37 @@ def test_a_gradient_that_is_only_rounding_scores_next_to_nothing(build, shape, s
     batch = torch.randn(30, *shape, dtype=dtype), torch.randint(0, 3, (30,))
     method = uw.Influence(model, uw.Classification(), curvature=curvature, progress=False).fit(batch)
     scores = method.attribute(tuple(part[:5] for part in batch), per_layer=True)
-    assert 0 < float(scores.layers[silent].abs().max()) < 1e-6 * float(scores.values.abs().max())
+    assert scores.info["without_effect"] == [silent]
+    assert float(scores.layers[silent].abs().max()) < 1e-6 * float(scores.values.abs().max())
+
+
+@pytest.mark.parametrize("options", [{"autocast": torch.bfloat16}, {}], ids=["autocast", "bfloat16"])
+def test_rounding_is_told_from_gradients_in_few_digits(options):
+    """Bfloat16's rounding is a hundredth of a gradient: no size tells which one has no effect."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if options else torch.bfloat16
+    model = KeyBias().to(dtype).eval()
+    batch = torch.randn(30, 5, 4, dtype=dtype), torch.randint(0, 3, (30,))
+    method = uw.Influence(model, uw.Classification(), progress=False, **options).fit(batch)
+    scores = method.attribute(tuple(part[:5] for part in batch), per_layer=True)
+    assert scores.info["without_effect"] == ["silent"]
+    assert float(scores.layers["silent"].abs().max()) < 0.01 * float(scores.values.abs().max())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e6, 1e8])
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diagonal", "datainf"])
+def test_small_gradients_are_not_rounding(curvature, scale):
+    """Larger inputs and smaller weights are the same function: what a layer adds stays, however small its gradients."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4), torch.randint(0, 3, (30,))
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 3)).eval()
+    found = []
+    for factor in (1.0, scale):
+        with torch.no_grad():
+            model[0].weight.div_(factor)
+        method = uw.Influence(model, uw.Classification(), curvature=curvature, progress=False)
+        scores = method.fit((x * factor, y)).attribute((x[:5] * factor, y[:5]), per_layer=True)
+        assert "without_effect" not in scores.info
+        found.append(scores.layers)
+    for name, part in found[0].items():
+        assert relative(found[1][name], part) < 1e-4

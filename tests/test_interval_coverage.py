@@ -9,6 +9,7 @@ from banks import simulated
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from upweight.evaluate import Outcomes, label_noise, lds_difference, leave_one_out, subsets
+from upweight.evaluate.bootstrap import interaction_once
 
 TRIALS = 200
 
@@ -65,3 +66,39 @@ def test_of_the_difference_of_two_methods():
     truth = float(np.mean([lds_difference(*compared(TRIALS + k), resamples=2).value for k in range(200)]))
     found = [lds_difference(*compared(k), resamples=200, seed=k) for k in range(TRIALS)]
     assert 0.92 <= share_covered(found, truth) <= 0.98
+
+
+def test_what_two_factors_share_is_counted_once():
+    """Their joint resampling counts it three times: the variance is v_one + v_other less what both of them hold."""
+    generator = np.random.default_rng(0)
+    one, other = generator.standard_normal((2, 4000))
+    both = 1.5 * (one + other) + generator.standard_normal(4000)
+    once = interaction_once(one, other, both)
+    assert once.mean() == pytest.approx(both.mean())
+    assert once.var() == pytest.approx(
+        max(one.var(), other.var(), 2 * (one.var() + other.var()) - both.var())
+    )
+    mild = one + other + 0.5 * generator.standard_normal(4000)
+    assert interaction_once(one, other, mild).var() == pytest.approx(
+        2 * (one.var() + other.var()) - mild.var()
+    )
+    lost = interaction_once(one, other, np.where(np.arange(4000) % 2, mild, np.nan))
+    assert np.isnan(lost[0]) and np.isfinite(lost[1::2]).all()
+    np.testing.assert_allclose(
+        interaction_once(1e200 * one, 1e200 * other, 1e200 * mild) / 1e200, interaction_once(one, other, mild)
+    )
+
+
+def test_a_slope_uses_it():
+    """Queries whose own slopes differ, and few examples: much of the joint variance is what both share."""
+    found = leave_one_out(*left_out(0), resamples=400)
+    widths = {name: high - low for name, (low, high) in found.slope.intervals.items()}
+    assert max(widths["queries"], widths["examples"]) <= 1.1 * widths["both"]
+    scores = left_out(0)[0]
+    x, y = scores[:, :60], found.truth
+    generator = np.random.default_rng(0)
+    joint = []
+    for _ in range(400):
+        q, e = generator.integers(0, 20, 20), generator.integers(0, 60, 60)
+        joint.append(np.polyfit(x[np.ix_(q, e)].ravel(), y[np.ix_(q, e)].ravel(), 1)[0])
+    assert widths["both"] < 0.95 * (np.quantile(joint, 0.975) - np.quantile(joint, 0.025))

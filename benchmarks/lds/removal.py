@@ -64,14 +64,13 @@ def main() -> None:
         classes=run.train[1],
         baselines={name: as_array(found) for name, found in scores.items() if name != "EK-FAC"},
     )
-    settings = {"seeds": options.seeds, "n_jobs": options.jobs}
+    settings = {"seeds": options.seeds, "n_jobs": options.jobs, "settings": SETTING.settings}
     bank = uw.RetrainingBank(
         options.bank / "curve",
         train_fn,
         run.task,
         n,
         subsets=plan.subsets,
-        settings=SETTING.settings,
         **settings,
     )
     bank.measure(asked, "queries")

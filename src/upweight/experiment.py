@@ -60,7 +60,8 @@ class Experiment:
             None, pictures and rows of numbers are understood where the training data are such.
         l2: The weight decay that was part of the training objective, ``(1/2) sum_j l2_j theta_j^2``: one coefficient,
             or {regular expression of parameter names: coefficient}, as `Influence` and `unlearn` take it. Repairs and
-            the methods ``ggn`` and ``hessian`` use it; methods of your own say theirs. None: there was none.
+            the methods ``ggn``, ``block-ggn`` and ``hessian`` use it; methods of your own say theirs. None: there was
+            none.
 
     Raises:
         UpweightError: What is wrong with one of them, in one line.

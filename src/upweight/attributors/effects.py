@@ -121,6 +121,11 @@ def _effect(method: Influence, sides: list[Side], query: Any, convention: str, w
         raise UpweightError(f"convention={convention!r} is unknown -> use one of {list(CONVENTIONS)}")
     started = time.perf_counter()
     fitted = method._ready()
+    if method.blocks:
+        raise UpweightError(
+            "the effect of a group takes it out of one matrix over all layers, expected blocks=False -> fit without "
+            "blocks, or with curvature='ekfac'"
+        )
     if method.curvature not in CALIBRATED:
         raise UpweightError(
             f"curvature={method.curvature!r} only ranks training examples, expected one that predicts changes -> use "

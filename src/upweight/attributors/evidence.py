@@ -51,8 +51,8 @@ def influence_info(method: Influence, fitted: Fitted) -> dict[str, Any]:
         "layer_damping": fitted.curvature.damping(method.damping),
         **{
             key: fitted.curvature.info[key]
-            for key in ("auto_damping", "implicit_l2")
-            if key in fitted.curvature.info
+            for key in ("auto_damping", "implicit_l2", "without_effect")
+            if fitted.curvature.info.get(key) not in (None, [])
         },
         "higher_is_better": method.task.higher_is_better,
         "convention": "positive = proponent: removing the training example is predicted to make the query worse",

@@ -16,6 +16,7 @@ from upweight.attributors.manifest import gradients_manifest, sample_of_task
 from upweight.budget import BATCH_BYTES, KEEP_SHARE, batch_size_for
 from upweight.cache import Cache, CachePass, SavedCurvature, shard_examples
 from upweight.curvature import Curvature, fit_curvature
+from upweight.curvature.damping import suspects
 from upweight.curvature.datainf import DataInfCurvature
 from upweight.curvature.exact import EXACT_KINDS
 from upweight.curvature.implicit_l2 import implicit_l2_of_layer
@@ -25,6 +26,7 @@ from upweight.data import Examples, signature
 from upweight.fingerprint import model_fingerprint, model_versions
 from upweight.gradients import Gradients, Tracker
 from upweight.gradients.blocks import Block
+from upweight.gradients.rounding import without_effect
 from upweight.gradients.separable import may_separate
 from upweight.index import GradientIndex, check_index_use, probe_positions
 from upweight.passes import EmpiricalPass, FisherPass, InEigenbasis, Kept, ModelPass, Pass
@@ -148,6 +150,7 @@ def fit_influence(
         curvature, fitted_from = exact, "model"
     elif method.curvature == "datainf":
         curvature, fitted_from = DataInfCurvature.fit(training, tracker.layers), "model"
+        _note_spectrum(method, curvature, tracker, examples, size)
     else:
         if fisher[0] != "empirical":
             columns = FisherPass(tracker, examples, size, *fisher, method.seed)
@@ -229,6 +232,7 @@ def _fit_curvature(
     key = f"{method.curvature}-{kind}-{fisher[1]}-{method.seed}"
     known = saved.read(key, list(tracker.layers), tracker.device) if saved is not None else None
     if known is not None:
+        _note_spectrum(method, known, tracker, examples, size)
         return known, "cache"
     passes = {"identity": 0, "ekfac": 2}.get(method.curvature, 1)
     lossy = isinstance(training, CachePass) and training.lossy
@@ -243,14 +247,31 @@ def _fit_curvature(
     with progress_bar(f"{method.curvature} curvature", total, method.progress) as advance:
         walk = _Walk(source, advance)
         curvature = fit_curvature(method.curvature, tracker.layers, walk, examples.n, tracker.dtype, keeper)
-    layers = list(tracker.layers.values())
-    room = LAYER_VECTORS * 8 * layers[0].numel <= method.memory * KEEP_SHARE
-    if len(layers) == 1 and room and method.curvature != "identity":
-        curvature.info["implicit_l2"] = implicit_l2_of_layer(curvature, tracker, examples, size)
+    _note_spectrum(method, curvature, tracker, examples, size)
     if saved is not None:
         saved.write(key, curvature)
     from_cache = kind == "empirical" and isinstance(training, CachePass) and not lossy
     return curvature, "cached gradients" if from_cache else "model"
+
+
+def _note_spectrum(
+    method: Influence,
+    curvature: Curvature | DataInfCurvature,
+    tracker: Tracker,
+    examples: Examples,
+    size: int,
+) -> None:
+    """What an automatic damping needs to know, unless a cached curvature brought it along."""
+    info = curvature.info
+    if "without_effect" not in info:
+        doubtful = suspects(curvature.spectra(), torch.finfo(tracker.computes).eps)
+        info["without_effect"] = without_effect(tracker, examples, doubtful)
+    layers = list(tracker.layers.values())
+    room = LAYER_VECTORS * 8 * layers[0].numel <= method.memory * KEEP_SHARE
+    if not isinstance(curvature, Curvature) or method.curvature == "identity":
+        return
+    if len(layers) == 1 and room and "implicit_l2" not in info:
+        info["implicit_l2"] = implicit_l2_of_layer(curvature, tracker, examples, size)
 
 
 def _build_index(

@@ -72,7 +72,7 @@ class Influence(TrainingSetChanges):
             ``"diagonal"``, an object with ``@``, None, or ``"auto"``: a sketch for ``"cg"``, EK-FAC for ``"astra"``.
         l2: for exact curvatures: the regulariser ``(1/2) sum_j l2_j theta_j^2`` of the training objective, which is
             part of H: one coefficient, {regular expression of parameter names: coefficient}, or a tensor [p].
-        blocks: for exact curvatures: leave out what couples different layers.
+        blocks: for exact curvatures: leave out what couples layers (not for ``"dual"``, groups, or ``"rescaled"``).
         correction: None; ``"rescaled"`` (RIF: the curvature without the removed example; with ``"ekfac"`` and
             ``"kfac"`` the example leaves the eigenvalues only, which corrects much less); ``"relative"`` or
             ``"relative-loss"`` (RelatIF, divided by the size of the example's step, or of its effect on its own loss;

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from upweight.curvature.damping import Damping
+from upweight.curvature.damping import Damping, Spectrum
 from upweight.curvature.operators import Diagonal, Full, Identity, Kronecker, LayerCurvature
 from upweight.errors import UpweightError
 from upweight.gradients.blocks import Eigenbasis
@@ -32,10 +31,13 @@ class Curvature:
 
     def damping(self, damping: Damping) -> dict[str, float]:
         """The damping of every layer, from its raw eigenvalues."""
+        rounding, least = self.info.get("without_effect", ()), self.info.get("implicit_l2", 0.0)
+        return damping.by_layer(self.spectra(), rounding, least)
+
+    def spectra(self) -> dict[str, Spectrum]:
+        """{layer: (mean, largest) eigenvalue}."""
         values = {name: layer.eigenvalues for name, layer in self.layers.items()}
-        spectra = {name: (float(found.mean()), float(found.max())) for name, found in values.items()}
-        precision = max((torch.finfo(found.dtype).eps for found in values.values()), default=0.0)
-        return damping.by_layer(spectra, precision, self.info.get("implicit_l2", 0.0))
+        return {name: (float(found.mean()), float(found.max())) for name, found in values.items()}
 
     def inverse(self, damping: Damping) -> Inverse:
         """``(H + damping I)^-1`` as an operator on `Gradients`. Costs nothing: the eigenvalues are kept raw."""

@@ -12,16 +12,35 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from upweight.errors import UpweightError
 
 AUTO_FRACTION = 0.1
-ROUNDING = 8
-"""A gradient this many times a number's precision, beside that of another layer, is rounding: measured, up to once."""
+SUSPECT = 64
+"""A layer is looked at whose gradients, beside the largest layer's, are below this many times a number's precision."""
 _RELATIVE = re.compile(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(mean|top)\s*")
+
+Spectrum: TypeAlias = "tuple[float, float | None]"
+"""A layer's mean and largest eigenvalue."""
+
+
+def largest(spectra: Mapping[str, Spectrum]) -> Spectrum:
+    """Of the layer with the largest mean."""
+    return max(spectra.values(), key=lambda found: found[0], default=(0.0, None))
+
+
+def suspects(spectra: Mapping[str, Spectrum], precision: float) -> list[str]:
+    """Layers with so small eigenvalues that their gradients might be only rounding.
+
+    Args:
+        spectra: {layer: (mean, largest) eigenvalue}.
+        precision: of the numbers that gradients are computed in: the distance from 1 to the next one.
+    """
+    limit = (SUSPECT * precision) ** 2 * largest(spectra)[0]
+    return [name for name, (mean, _) in spectra.items() if 0 < mean < limit]
 
 
 @dataclass(frozen=True)
@@ -81,35 +100,41 @@ class Damping:
             f"damping={damping!r}, expected 'auto', a number, '0.1 mean', '0.01 top' or {{layer: number}} -> try 'auto'"
         )
 
-    def resolve(self, layer: str, mean: float, top: float = 0.0, least: float = 0.0) -> float:
-        """The damping of one layer with this mean and this largest eigenvalue; an automatic one is at least `least`."""
+    def resolve(self, layer: str, mean: float, top: float | None = None, least: float = 0.0) -> float:
+        """The damping of one layer with this mean and this largest eigenvalue; an automatic one is at least `least`.
+
+        Raises:
+            UpweightError: it is relative to the largest eigenvalue, which is not known.
+        """
         for name, damping in self.layers:
             if name == layer:
                 return damping.resolve(layer, mean, top, least)
         if not self.relative:
             return float(self.value)
-        scale = top if self.relative == "top" else mean
+        if self.relative == "top" and top is None:
+            raise UpweightError(
+                f"damping={self.describe()!r}, but the largest eigenvalue is not known here -> '0.1 mean' or a number"
+            )
+        scale = top if self.relative == "top" and top is not None else mean
         # A layer without any curvature has no gradient either: any damping gives its zero scores.
         found = self.value * scale if scale > 0 else 1.0
         return max(found, least) if self.auto else found
 
     def by_layer(
-        self, spectra: Mapping[str, tuple[float, float]], precision: float, least: float = 0.0
+        self, spectra: Mapping[str, Spectrum], rounding: Collection[str] = (), least: float = 0.0
     ) -> dict[str, float]:
         """The damping of every layer, from its mean and its largest eigenvalue.
 
-        A bias before a normalisation, or one of attention's keys, changes nothing, and its gradient is rounding.
-        Relative to itself, rounding would count like any other layer's scores: it is damped as the largest layer is.
+        Relative to itself, a gradient that is only rounding would count like any other layer's: such a layer is damped
+        as the largest one is.
 
         Args:
-            spectra: {layer: (mean, largest) eigenvalue}.
-            precision: of the numbers that gradients were computed in: the distance from 1 to the next one.
+            spectra: {layer: (mean, largest) eigenvalue}, the largest None where it is not known.
+            rounding: layers whose gradients are only rounding, see `upweight.gradients.rounding`.
             least: what an automatic damping is at least.
         """
         self.check_layers(list(spectra))
-        largest = max(spectra.values(), default=(0.0, 0.0))
-        noise = (ROUNDING * precision) ** 2 * largest[0]
-        seen = {name: found if found[0] > noise else largest for name, found in spectra.items()}
+        seen = {name: largest(spectra) if name in rounding else found for name, found in spectra.items()}
         return {name: self.resolve(name, mean, top, least) for name, (mean, top) in seen.items()}
 
     def describe(self) -> float | str:

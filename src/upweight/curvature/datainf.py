@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from upweight.curvature.columns import combined
-from upweight.curvature.damping import Damping
+from upweight.curvature.damping import Damping, Spectrum
 from upweight.errors import UpweightError
 from upweight.gradients import Gradients
 from upweight.gradients.blocks import Dense
@@ -39,29 +39,23 @@ class DataInfCurvature:
         training: passes over the training gradients.
         layers: the tracked layers.
         norms: {layer: ``|g_i|^2`` [n]}, float64.
-        precision: of the gradients: the distance from 1 to the next number.
         info: what is represented how.
     """
 
     training: Pass[Gradients]
     layers: Mapping[str, Layer]
     norms: Mapping[str, Tensor]
-    precision: float
     info: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def fit(training: Pass[Gradients], layers: Mapping[str, Layer]) -> DataInfCurvature:
         """One pass over the training gradients."""
-        parts: dict[str, list[Tensor]] = {name: [] for name in layers}
-        precision = 0.0
+        norms: dict[str, list[Tensor]] = {name: [] for name in layers}
         for step in training:
-            gradients = step.load()
-            precision = torch.finfo(gradients.dtype).eps
-            for name, block in gradients.items():
-                parts[name].append(layer_squared_norms(block))
-        norms = {name: torch.cat(part) for name, part in parts.items()}
+            for name, block in step.load().items():
+                norms[name].append(layer_squared_norms(block))
         represented = {"represented": dict.fromkeys(layers, "mean of per-example inverses")}
-        return DataInfCurvature(training, layers, norms, precision, represented)
+        return DataInfCurvature(training, layers, {k: torch.cat(v) for k, v in norms.items()}, represented)
 
     @property
     def n(self) -> int:
@@ -69,9 +63,12 @@ class DataInfCurvature:
         return len(next(iter(self.norms.values())))
 
     def damping(self, damping: Damping) -> dict[str, float]:
-        """The damping of every layer; its mean eigenvalue is ``mean_i |g_i|^2 / p_l``."""
-        means = {name: float(self.norms[name].mean()) / layer.numel for name, layer in self.layers.items()}
-        return damping.by_layer({name: (mean, 0.0) for name, mean in means.items()}, self.precision)
+        """The damping of every layer."""
+        return damping.by_layer(self.spectra(), self.info.get("without_effect", ()))
+
+    def spectra(self) -> dict[str, Spectrum]:
+        """{layer: its mean eigenvalue ``mean_i |g_i|^2 / p_l``, and None}."""
+        return {n: (float(self.norms[n].mean()) / layer.numel, None) for n, layer in self.layers.items()}
 
     def inverse(self, damping: Damping) -> DataInfInverse:
         """The mean of the examples' damped inverses. Another damping costs nothing."""

@@ -29,7 +29,7 @@ from upweight.gradients.layers import Layer
 
 @dataclass
 class SolvedCurvature:
-    """One matrix over all tracked parameters, inverted by a solver.
+    """One matrix over all tracked parameters, or a block of it for every layer, inverted by a solver.
 
     Attributes:
         operator: H by its products.
@@ -52,7 +52,7 @@ class SolvedCurvature:
         return self.operator.tracker.layers
 
     def damping(self, damping: Damping) -> dict[str, float]:
-        """The damping by layer: the same number for all of them, for they form one matrix."""
+        """The damping by layer: the same number for all of them."""
         return dict.fromkeys(self.layers, self.number(damping))
 
     def number(self, damping: Damping) -> float:

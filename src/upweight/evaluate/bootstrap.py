@@ -133,7 +133,6 @@ def estimate_mean(
         generator: For the draws of queries.
         observations: How many subsets there are, if they come in blocks. Of fewer than five there is no interval: three
             subsets have six orders, and resampling a perfect one gives a perfect one again.
-
     """
     defined = np.isfinite(per_query)
     queries = int(defined.sum())

@@ -15,7 +15,7 @@ from upweight._ranking import extremes
 from upweight.errors import UpweightError
 from upweight.evaluate._tables import Axes, axes_or_new, frame
 from upweight.evaluate.bank import RetrainingBank
-from upweight.evaluate.bootstrap import Estimate
+from upweight.evaluate.bootstrap import Estimate, check_options
 from upweight.evaluate.given import finite_table
 from upweight.evaluate.subsets import Subsets, full, removals
 from upweight.scores import Scores
@@ -49,8 +49,9 @@ class Brittleness:
     def flipped(self, k: int, level: float = 0.95) -> Estimate:
         """Share of the judged queries that at most k removals flip, with Wilson's interval over queries.
 
-        It is a lower bound of what other removals might: the scores need not find the smallest.
+        Other removals might flip more: the scores need not find the smallest ones.
         """
+        check_options(level)
         if not self.judged:
             return Estimate(math.nan, {})
         found = stats.binomtest(int((self.smallest <= k).sum()), self.judged)

@@ -18,12 +18,20 @@ Scalars = Callable[[nn.Module, Any, Tensor | None], tuple[Tensor, Tensor | None]
 class _Objective(nn.Module):
     """A module whose forward is the user's objective, so that `functional_call` can swap the model's parameters."""
 
-    def __init__(self, model: nn.Module, scalars: Scalars) -> None:
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.model, self.scalars = model, scalars
+        self.model, self.function = _shadow(model), function
 
-    def forward(self, batch: Any, drawn: Tensor | None) -> Tensor:
-        return self.scalars(self.model, batch, drawn)[0][0]
+    def forward(self, *arguments: Any) -> Tensor:
+        return self.function(self.model, *arguments)
+
+
+def with_parameters(
+    model: nn.Module, parameters: Mapping[str, Tensor], loss: Callable[[nn.Module, Any], Tensor], batch: Any
+) -> Tensor:
+    """``loss(model, batch)`` with these parameters in place of the model's own, which is left alone."""
+    moving = {f"model.{name}": p for name, p in parameters.items()}
+    return torch.func.functional_call(_Objective(model, loss), moving, (batch,))
 
 
 def _shadow(model: nn.Module) -> nn.Module:
@@ -52,7 +60,7 @@ def vmapped(
     Raises:
         RuntimeError: whatever torch.func says of a model it cannot vectorise (recurrent kernels, data-dependent flow).
     """
-    objective = _Objective(_shadow(model), scalars)
+    objective = _Objective(model, lambda shadow, b, t: scalars(shadow, b, t)[0][0])
     leaves = list(tensors_in(batch))
 
     def of_example(moving: dict[str, Tensor], parts: list[Tensor], drawn_part: Tensor | None) -> Tensor:

@@ -81,8 +81,8 @@ class Tracker:
         self._model_dtype = any_parameter.dtype
         doubles = any(p.dtype == torch.float64 for p in self.parameters.values())
         self.dtype = torch.float64 if doubles else torch.float32
-        computes = autocast or self._model_dtype
-        self._agreement = lambda oracle: Agreement(oracle, computes)
+        self.computes = autocast or self._model_dtype
+        self._agreement = lambda oracle: Agreement(oracle, self.computes)
         self._vectorises = True
         self._spread: frozenset[str] | None = None
         self._verified: set[tuple[str, Pattern]] = set()

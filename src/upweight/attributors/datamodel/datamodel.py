@@ -38,8 +38,8 @@ from upweight.scores import Scores, SelfInfluence
 from upweight.task import Task
 
 LEAST_SPREAD = 0.2
-"""Standard deviation of the subsets' sizes, as a share of n, that Shapley values take: .29 of all sizes alike, .23 of
-those from a tenth to nine tenths, .5 / sqrt(n) of coin tosses."""
+"""Standard deviation of the subsets' sizes, as a share of n, that Shapley values take, if twice that of coin tosses,
+1 / sqrt(n), is not less: .29 of all sizes alike, .12 of those from three to seven tenths."""
 INNER_FOLDS = 3
 """Folds by which the penalty is chosen again inside each fold of the held-out score."""
 
@@ -129,7 +129,8 @@ class Datamodel:
         self._masks, self._values, self._query_ids, self._blocks, self._dropped = _read(outcomes, task)
         sizes = self._masks.sum(1)
         n = self._masks.shape[1]
-        if estimator == "shapley" and (sizes.std() < LEAST_SPREAD * n or sizes.max() == n):
+        least = min(LEAST_SPREAD, n**-0.5) * n
+        if estimator == "shapley" and (sizes.std() < least or sizes.max() == n):
             raise UpweightError(
                 f"subsets of {sizes.min()} to {sizes.max()} of {n} examples, with a standard deviation of "
                 f"{sizes.std():.3g}, expected all sizes below the whole alike -> a bank of "

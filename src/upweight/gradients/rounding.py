@@ -1,0 +1,76 @@
+"""Parameters without effect, whose gradients are what rounding leaves of zero.
+
+A bias before a normalisation, or one of attention's keys, changes nothing. How small its gradient is tells nothing:
+behind a layer that scales by 1e-6 a gradient is as small, and as exact as any. But what is only rounding changes
+altogether when the weights change in their last digits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from upweight.gradients.checks import autograd
+from upweight.gradients.fallback import with_parameters
+from upweight.gradients.probe import largest_losses
+
+if TYPE_CHECKING:
+    from upweight.data import Examples
+    from upweight.gradients.tracker import Tracker
+
+EXAMPLES = 4
+"""Examples whose gradients are looked at, those of large losses."""
+DIGITS = 2
+"""Units in the last place that weights are moved by."""
+ALTOGETHER = 0.5
+"""A gradient that changes by this share of its norm is not known."""
+
+
+def without_effect(tracker: Tracker, examples: Examples, layers: Sequence[str]) -> list[str]:
+    """Those of these layers whose gradients are rounding.
+
+    Args:
+        tracker: of the model.
+        examples: the training data, of which a few are looked at.
+        layers: names to look at.
+
+    Returns:
+        The names. None of them if the model cannot be run with other weights than its own.
+    """
+    if not layers:
+        return []
+    batch = tracker.move(examples.take(largest_losses(tracker, examples, EXAMPLES)))
+    here = _gradient(tracker, batch, 0.0)
+    there = _gradient(tracker, batch, DIGITS * torch.finfo(tracker.computes).eps)
+    if here is None or there is None:
+        return []
+
+    def norm(name: str, *signed: tuple[int, dict[str, Tensor]]) -> float:
+        parameters = tracker.layers[name].parameters
+        parts = [sum(sign * found[p].double() for sign, found in signed) for p in parameters]
+        return sum(float(torch.as_tensor(part).square().sum()) for part in parts) ** 0.5
+
+    return [n for n in layers if norm(n, (1, here), (-1, there)) > ALTOGETHER * norm(n, (1, here))]
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _gradient(tracker: Tracker, batch: object, moved_by: float) -> dict[str, Tensor] | None:
+    """The gradient of a sum of losses with weights moved by this share, up or down at random."""
+    generator = torch.Generator().manual_seed(0)
+    moved = {}
+    for name, p in tracker.parameters.items():
+        signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+        moved[name] = (p.detach() * (1 + moved_by * signs)).requires_grad_()
+    try:
+        with tracker.quietly(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of recurrent weights that are not in one piece
+            return autograd(
+                with_parameters(tracker.model, moved, tracker.task.train_loss, batch).sum(), moved
+            )
+    except Exception:  # what cannot be run so is left as it was
+        return None
