@@ -7,8 +7,9 @@ altogether when the weights change in their last digits.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,12 +50,13 @@ def without_effect(tracker: Tracker, examples: Examples, layers: Sequence[str]) 
     if here is None or there is None:
         return []
 
-    def norm(name: str, *signed: tuple[int, dict[str, Tensor]]) -> float:
-        parameters = tracker.layers[name].parameters
-        parts = [sum(sign * found[p].double() for sign, found in signed) for p in parameters]
-        return sum(float(torch.as_tensor(part).square().sum()) for part in parts) ** 0.5
+    change = {name: there[name] - gradient for name, gradient in here.items()}
 
-    return [n for n in layers if norm(n, (1, here), (-1, there)) > ALTOGETHER * norm(n, (1, here))]
+    def norm(layer: str, of: Mapping[str, Tensor]) -> float:
+        parts = (of[name].double().square().sum() for name in tracker.layers[layer].parameters)
+        return math.sqrt(sum(map(float, parts)))
+
+    return [layer for layer in layers if norm(layer, change) > ALTOGETHER * norm(layer, here)]
 
 
 @torch.inference_mode(False)
@@ -69,8 +71,7 @@ def _gradient(tracker: Tracker, batch: object, moved_by: float) -> dict[str, Ten
     try:
         with tracker.quietly(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of recurrent weights that are not in one piece
-            return autograd(
-                with_parameters(tracker.model, moved, tracker.task.train_loss, batch).sum(), moved
-            )
+            losses = with_parameters(tracker.model, moved, tracker.task.train_loss, batch)
+            return autograd(losses.sum(), moved)
     except Exception:  # what cannot be run so is left as it was
         return None
