@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from curvature_oracles import relative
+from gauss_newton import dense_by_autograd
 from oracles import untouched
 from torch import Tensor, nn
 
@@ -65,28 +66,8 @@ def influence(model: nn.Module | None = None, curvature: str = "ggn", **options)
 
 
 def dense(model: nn.Module, curvature: str) -> tuple[Tensor, Tensor, Tensor]:
-    """H [p, p], training gradients [n, p] and query gradients [q, p], all by autograd, in the parameters' order."""
-    names = dict(model.named_parameters())
-    at = torch.cat([p.detach().flatten() for p in names.values()])
-
-    def outputs(flat: Tensor, x: Tensor) -> Tensor:
-        parts = flat.split([p.numel() for p in names.values()])
-        moved = {n: part.reshape(p.shape) for (n, p), part in zip(names.items(), parts, strict=True)}
-        return torch.func.functional_call(model, moved, (x,))
-
-    def losses(flat: Tensor, batch) -> Tensor:
-        return F.cross_entropy(outputs(flat, batch[0]), batch[1], reduction="none")
-
-    G = torch.func.jacrev(losses)(at, TRAIN)
-    V = torch.func.jacrev(losses)(at, QUERY)
-    if curvature == "hessian":
-        H = torch.func.hessian(lambda flat: losses(flat, TRAIN).mean())(at)
-    else:
-        J = torch.func.jacrev(lambda flat: outputs(flat, TRAIN[0]))(at)  # [n, class, p]
-        p = outputs(at, TRAIN[0]).softmax(1)
-        inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-        H = torch.einsum("ncp,ncd,ndq->pq", J, inner, J) / len(G)
-    return H, G, V
+    """H [p, p], training gradients [n, p] and query gradients [q, p], all by autograd."""
+    return dense_by_autograd(model, TRAIN, QUERY, curvature)
 
 
 class Fixed:

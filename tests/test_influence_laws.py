@@ -198,3 +198,14 @@ def test_small_gradients_are_not_rounding(curvature, scale):
         found.append(scores.layers)
     for name, part in found[0].items():
         assert relative(found[1][name], part) < 1e-4
+
+
+def test_a_model_that_cannot_be_run_with_other_weights_is_said_so(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no functional call")
+
+    monkeypatch.setattr("upweight.gradients.rounding.with_parameters", refuse)
+    torch.manual_seed(0)
+    batch = torch.randn(30, 5, 4), torch.randint(0, 3, (30,))
+    with pytest.warns(UserWarning, match="gradients of silent are so small.*no functional call"):
+        uw.Influence(KeyBias().eval(), uw.Classification(), progress=False).fit(batch)

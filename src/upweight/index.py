@@ -50,7 +50,7 @@ class Rows:
     """Training gradients as the right operand of ``queries @ rows.T``."""
 
     @property
-    def T(self) -> Self:  # noqa: N802 - reads as the transpose
+    def T(self) -> Self:
         """Itself."""
         return self
 

@@ -76,12 +76,14 @@ class Source:
         manifest = scores_manifest(self.method, self.tracker, self.examples, queries, per_layer, settings)
         evidence = sample_of_scores(self.tracker, self.examples, queries, out)
 
+        def panel(start: int, stop: int) -> Gradients:
+            return self.query_gradients(queries, start, stop)
+
         def product(query: Gradients, train: Gradients) -> dict[str, Tensor]:
             return query.by_layer(train.T) if per_layer else {WHOLE: query @ train.T}
 
         n = self.examples.n
         with ScoreTiles(out, manifest, grid, self.tracker, queries.n, n, names, evidence) as tiles:
-            panel = lambda start, stop: self.query_gradients(queries, start, stop)  # noqa: E731
             fill_tiles(tiles, self.training, panel, product, self.method.progress)
             return tiles.result()
 

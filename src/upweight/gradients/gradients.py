@@ -54,7 +54,7 @@ class Gradients(Mapping[str, Block]):
         return len(self.blocks)
 
     @property
-    def T(self) -> Transposed:  # noqa: N802 - the transpose's usual name
+    def T(self) -> Transposed:
         return Transposed(self)
 
     def rows(self, rows: Rows) -> Gradients:

@@ -40,16 +40,20 @@ def without_effect(tracker: Tracker, examples: Examples, layers: Sequence[str]) 
         layers: names to look at.
 
     Returns:
-        The names. None of them if the model cannot be run with other weights than its own.
+        The names. None of them, with a warning, if the model cannot be run with other weights than its own.
     """
     if not layers:
         return []
     batch = tracker.move(examples.take(largest_losses(tracker, examples, EXAMPLES)))
-    here = _gradient(tracker, batch, 0.0)
-    there = _gradient(tracker, batch, DIGITS * torch.finfo(tracker.computes).eps)
-    if here is None or there is None:
+    try:
+        here, there = (_gradient(tracker, batch, k * torch.finfo(tracker.computes).eps) for k in (0, DIGITS))
+    except Exception as error:  # torch.func refuses in many ways
+        warnings.warn(
+            f"the gradients of {', '.join(layers)} are so small that they may be only rounding, and the model cannot "
+            f"be run with other weights to find out ({error}) -> leave out by parameters= what has no effect",
+            stacklevel=2,
+        )
         return []
-
     change = {name: there[name] - gradient for name, gradient in here.items()}
 
     def norm(layer: str, of: Mapping[str, Tensor]) -> float:
@@ -61,17 +65,14 @@ def without_effect(tracker: Tracker, examples: Examples, layers: Sequence[str]) 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _gradient(tracker: Tracker, batch: object, moved_by: float) -> dict[str, Tensor] | None:
+def _gradient(tracker: Tracker, batch: object, moved_by: float) -> dict[str, Tensor]:
     """The gradient of a sum of losses with weights moved by this share, up or down at random."""
     generator = torch.Generator().manual_seed(0)
     moved = {}
     for name, p in tracker.parameters.items():
         signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
         moved[name] = (p.detach() * (1 + moved_by * signs)).requires_grad_()
-    try:
-        with tracker.quietly(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of recurrent weights that are not in one piece
-            losses = with_parameters(tracker.model, moved, tracker.task.train_loss, batch)
-            return autograd(losses.sum(), moved)
-    except Exception:  # what cannot be run so is left as it was
-        return None
+    with tracker.quietly(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of recurrent weights that are not in one piece
+        losses = with_parameters(tracker.model, moved, tracker.task.train_loss, batch)
+        return autograd(losses.sum(), moved)
