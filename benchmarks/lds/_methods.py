@@ -196,6 +196,14 @@ CORRECTED: dict[str, Method] = {
 }
 
 
-def solved(solver: Any, damping: float) -> Method:
-    """The exact Gauss-Newton matrix by a solver that is not exact, with this damping."""
-    return influence("ggn", dampings=(), solver=solver, l2=True, damping=damping)
+def solved(solver: Any, damping: float, curvature: str = "ggn", dampings: tuple[float, ...] = ()) -> Method:
+    """The exact Gauss-Newton matrix, or the Hessian, by a solver that is not exact, with these dampings."""
+
+    def method(run: Explained) -> Iterator[tuple[str, Any]]:
+        options = {"curvature": curvature, "solver": solver, "l2": run.l2, "progress": False}
+        fitted = uw.Influence(run.model, run.task, damping=damping, **options).fit(run.train)
+        yield f"{damping:g}" if dampings else "", fitted.attribute(run.query)
+        for other in dampings:
+            yield f"{other:g}", fitted.with_damping(other).attribute(run.query)
+
+    return method

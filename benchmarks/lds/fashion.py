@@ -63,6 +63,7 @@ ONCE = {
     "GGN in blocks, exact": influence("ggn", blocks=True, solver="cg", l2=True, dampings=(1e-2, 3e-2)),
     "GGN, Arnoldi of rank 200": solved(Arnoldi(rank=200), 3e-2),
     "GGN, Nyström of rank 200": solved(Nystrom(rank=200), 3e-2),
+    "Hessian, Arnoldi of rank 200": solved(Arnoldi(rank=200), 0.1, "hessian", (0.3, 1.0)),
     "GGN, 100 steps of ASTRA": solved(Astra(iterations=100), 3e-2),
     "GGN, 200 steps of LiSSA": solved(Lissa(depth=200, batch_size=256), 3e-2),
     "TracIn, projected to 512 numbers": tracin(projection=512),

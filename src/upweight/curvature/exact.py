@@ -13,7 +13,7 @@ from upweight.curvature.curvature import Curvature
 from upweight.curvature.fit import fit_curvature
 from upweight.curvature.l2 import L2, l2_vector
 from upweight.curvature.products import TwiceDifferentiated
-from upweight.curvature.root import Root
+from upweight.curvature.root import Root, joined
 from upweight.curvature.sums import Sum
 from upweight.data import Examples
 from upweight.errors import UpweightError
@@ -170,7 +170,8 @@ class ExactCurvature:
     def _of_roots(self, roots: Iterable[Root], x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """``sum over roots of S^T S x``: sums within a batch in the model's precision, over batches in this one."""
         out = torch.zeros(x.shape, dtype=dtype, device=self.tracker.device)
-        for root in roots:
+        width = min(VECTORS, x.shape[1])
+        for root in joined(roots, min(self.memory * BATCH_SHARE, self.size * width * x.element_size())):
             for a in range(0, x.shape[1], VECTORS):
                 parts = x[:, a : a + VECTORS].to(self.dtype).split(self._widths)
                 named = dict(zip(self.tracker.layers, parts, strict=True))
@@ -227,12 +228,10 @@ class ExactCurvature:
             yield Root.of(self.tracker.fisher(batch, ids, self.fisher, self.columns, generator))
             return
         wanted = torch.as_tensor(positions, device=self.tracker.device)
-        parts: list[Root] = []
         for step in self._roots:
             here = wanted[(wanted >= step.start) & (wanted < step.stop)] - step.start
             if len(here):
-                parts.append(step.load().take(here))
-        yield from Root.joined(parts)
+                yield step.load().take(here)
 
     def _regularised(self, product: Tensor, x: Tensor) -> Tensor:
         if not is_finite(product):

@@ -14,7 +14,7 @@ because an example's columns differ in d only:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -263,28 +263,6 @@ class Root:
         """The examples at these positions."""
         return Root({name: layer.take(rows) for name, layer in self.layers.items()}, len(rows), self.columns)
 
-    @staticmethod
-    def joined(parts: Sequence[Root]) -> list[Root]:
-        """The same examples in as few roots as they have lengths.
-
-        A product with few examples mostly reads and writes its vectors, which are as long as the parameters.
-        """
-        alike: dict[tuple[Any, ...], list[Root]] = {}
-        for part in parts:
-            signature = tuple((name, layer.signature) for name, layer in part.layers.items())
-            alike.setdefault(signature, []).append(part)
-        return [
-            Root(
-                {
-                    name: layer.join([p.layers[name] for p in found])
-                    for name, layer in found[0].layers.items()
-                },
-                sum(p.batch for p in found),
-                found[0].columns,
-            )
-            for found in alike.values()
-        ]
-
     def dense(self) -> Tensor:
         """[batch * columns, p]."""
         return torch.cat([layer.dense() for layer in self.layers.values()], 1)
@@ -305,9 +283,39 @@ class Root:
         return out
 
     @property
+    def signature(self) -> tuple[Any, ...]:
+        """What roots have in common that can be joined."""
+        return tuple((name, layer.signature) for name, layer in self.layers.items())
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(layer.nbytes for layer in self.layers.values())
+
+
+def joined(roots: Iterable[Root], nbytes: float) -> Iterator[Root]:
+    """The same examples in fewer roots, holding no more than these bytes, or one root, of them at a time.
+
+    A product with few examples mostly reads and writes its vectors, which are as long as the parameters.
+    """
+    waiting: dict[tuple[Any, ...], list[Root]] = {}  # by their sequences' lengths
+    held = 0
+    for root in roots:
+        if held + root.nbytes > nbytes:
+            yield from map(_join, waiting.values())
+            waiting.clear()
+            held = 0
+        waiting.setdefault(root.signature, []).append(root)
+        held += root.nbytes
+    yield from map(_join, waiting.values())
+
+
+def _join(roots: Sequence[Root]) -> Root:
+    first = roots[0]
+    if len(roots) == 1:
+        return first
+    layers = {name: layer.join([r.layers[name] for r in roots]) for name, layer in first.layers.items()}
+    return Root(layers, sum(r.batch for r in roots), first.columns)
 
 
 def _layer_root(columns: Sequence[Block]) -> LayerRoot:
