@@ -62,11 +62,14 @@ def bank(folder, train_fn=None, count=4, seeds=2, **options):
 
 
 def simulated(generator, n=40, queries=30, count=60, seeds=3, noise=1.0, shared=0.0, paired=False):
-    """A linear truth [query, train] and outcomes that follow it but for noise of this share of its deviation."""
+    """A linear truth [query, train] and outcomes that follow it but for noise of this share of its deviation.
+
+    Its deviation over all half-subsets: over those drawn, the noise would follow the draw, and no interval knows that.
+    """
     truth = generator.standard_normal((queries, n))
     masks = subsets.half_subsets(n, count, seed=int(generator.integers(1 << 31)), paired=paired).masks
     signal = (~masks).astype(float) @ truth.T  # [subset, query]
-    spread = signal.std(axis=0)  # each query's own
+    spread = truth.std(axis=1) * n / 2 / np.sqrt(n - 1)  # each query's own
     values = signal[:, None] + noise * spread * generator.standard_normal((count, seeds, queries))
     values += shared * spread * generator.standard_normal((count, seeds, 1))
     return truth, Outcomes(masks, values, blocks=np.arange(count) // (2 if paired else 1))

@@ -8,8 +8,17 @@ import pytest
 from banks import simulated
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from upweight.evaluate import Outcomes, label_noise, lds_difference, leave_one_out, subsets
+from upweight.evaluate import (
+    NoiseCeiling,
+    Outcomes,
+    label_noise,
+    lds_difference,
+    leave_one_out,
+    noise_ceiling,
+    subsets,
+)
 from upweight.evaluate.bootstrap import interaction_once
+from upweight.evaluate.ceiling import spearman_brown
 
 TRIALS = 200
 
@@ -52,6 +61,22 @@ def test_of_leaving_one_out():
     for name in ("pearson", "spearman", "slope", "intercept"):
         truth = float(np.mean([getattr(one, name).value for one in others]))
         assert 0.92 <= share_covered([getattr(one, name) for one in found], truth) <= 0.98, name
+
+
+@pytest.mark.parametrize(("noise", "shared", "seeds"), [(0.5, 0.0, 3), (1.0, 1.0, 2)])
+def test_of_the_noise_ceiling(noise, shared, seeds):
+    def ceiling(trial: int) -> NoiseCeiling:
+        generator = np.random.default_rng([4, trial])
+        outcomes = simulated(generator, queries=15, noise=noise, shared=shared, seeds=seeds)[1]
+        found = noise_ceiling(outcomes, seed=trial, resamples=100)
+        assert found is not None
+        return found
+
+    truth = float(np.mean([ceiling(TRIALS + k).reliability.value for k in range(300)]))
+    found = [ceiling(k) for k in range(TRIALS)]
+    assert 0.92 <= share_covered([one.reliability for one in found], truth) <= 0.98
+    highest = spearman_brown(truth, seeds) ** 0.5
+    assert 0.92 <= share_covered(found, highest) <= 0.98
 
 
 def compared(trial: int):
