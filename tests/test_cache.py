@@ -15,6 +15,7 @@ from torch import nn
 import upweight as uw
 from upweight import cache as cache_module
 from upweight import index as index_module
+from upweight.attributors import manifest
 from upweight.cache import decode, encode
 from upweight.errors import StoreError, UpweightError
 from upweight.gradients import Dense, Factored, Gradients, Sparse
@@ -104,6 +105,17 @@ def test_nor_does_a_second_process(tmp_path):
     assert int(run.stdout) <= PROBES + 3 * 24
     found = uw.Scores.load(tmp_path / "scores").values
     assert float((found - scores).abs().max() / scores.abs().max()) < 1e-6
+
+
+def test_a_folder_of_other_contents_is_refused(tmp_path, monkeypatch):
+    """A later version may mean something else by the same tensors."""
+    train, query = digits()
+    influence().fit(train, cache=uw.Cache(tmp_path / "cache")).attribute(query, out=tmp_path / "scores")
+    monkeypatch.setattr(manifest, "CONTENTS", manifest.CONTENTS + 1)
+    with pytest.raises(uw.CacheMismatchError, match="contents is 1 there but 2 here"):
+        influence().fit(train, cache=uw.Cache(tmp_path / "cache"))
+    with pytest.raises(uw.CacheMismatchError, match="contents is 1 there but 2 here"):
+        influence().fit(train).attribute(query, out=tmp_path / "scores")
 
 
 def test_another_curvature_reads_the_gradients_of_the_first(tmp_path):

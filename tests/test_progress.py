@@ -62,3 +62,34 @@ def test_the_time_left_is_estimated(monkeypatch):
             now[0] += 2.0
             advance(1)
         assert bars[0].tasks[0].time_remaining == 12
+
+
+def test_work_within_work_is_a_line_of_the_same_display(monkeypatch):
+    from rich.progress import Progress
+
+    bars, lines = [], []
+    enter = Progress.__enter__
+    monkeypatch.setattr(Progress, "__enter__", lambda bar: bars.append(bar) or enter(bar))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress_bar("scores", 10, True) as advance:
+        with progress_bar("product", 4, True) as inner:
+            inner(3)
+            lines += [(task.description, task.completed) for task in bars[0].tasks]
+        advance(10)
+        lines += [(task.description, task.completed) for task in bars[0].tasks]
+    assert len(bars) == 1 and lines == [("scores", 0), ("product", 3), ("scores", 10)]
+    with progress_bar("models", 1, True):
+        assert len(bars) == 2  # the first one is gone
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+def test_products_that_take_long_are_shown(curvature, monkeypatch):
+    """Automatic damping and conjugate gradients make many of them before the first score."""
+    torch.manual_seed(0)
+    data = torch.randn(30, 3), torch.randint(2, (30,))
+    method = uw.Influence(torch.nn.Linear(3, 2), uw.Classification(), curvature=curvature, solver="cg")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr("upweight.curvature.exact.SLOW", -1.0)
+    method.fit(data).attribute(data)
+    assert f"{curvature}, product" in sys.stderr.getvalue()
+    assert "30/30" in sys.stderr.getvalue()

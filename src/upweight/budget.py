@@ -43,6 +43,19 @@ def parse_memory(memory: int | str) -> int:
     return int(memory)
 
 
+def memory_text(nbytes: float) -> str:
+    """A number of bytes to be read, as `parse_memory` reads it.
+
+    Example:
+        >>> memory_text(1.5 * 2**30), memory_text(300)
+        ('1.5 GiB', '300 bytes')
+    """
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
 def batch_size_for(example_bytes: float, n: int, memory: int) -> int:
     """Examples per forward pass: a power of two (or all n) whose working memory fits its share of the budget."""
     most = min(BATCH_BYTES, memory * BATCH_SHARE) / (WORKING_COPIES * example_bytes)

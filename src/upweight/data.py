@@ -41,6 +41,7 @@ from upweight._trees import (
     tensors_in,
 )
 from upweight.errors import UpweightError
+from upweight.fingerprint import SUMMED_BYTES, Versions, versions_of
 
 FINGERPRINT_ITEMS = 256
 """How many evenly spaced examples of a lazily read data set go into its fingerprint; tensors are hashed whole."""
@@ -92,7 +93,7 @@ class Examples:
         self.ids: Sequence[Any] = range(self.n) if ids is None else ids
         if len(self.ids) != len(set(self.ids)):
             raise UpweightError("the ids repeat -> every example needs its own id")
-        self._fingerprint: str | None = None
+        self._fingerprint: tuple[Versions, str] | None = None
         self._source.check_repeatable()
 
     def __len__(self) -> int:
@@ -117,13 +118,17 @@ class Examples:
         return self._source.batch_size
 
     def fingerprint(self) -> str:
-        """Content hash: of every value for tensors, of 256 evenly spaced examples for data sets read from elsewhere."""
-        if self._fingerprint is None:
+        """Content hash: of every value for tensors, of 256 evenly spaced examples for data sets read from elsewhere.
+
+        It is worked out again where tensors were written to since.
+        """
+        versions = self._source.versions()
+        if self._fingerprint is None or self._fingerprint[0] != versions:
             digest = hashlib.blake2b(str(self.n).encode(), digest_size=16)
             for batch in self._source.sample_for_fingerprint():
                 hash_tree(digest, batch)
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+            self._fingerprint = versions, digest.hexdigest()
+        return self._fingerprint[1]
 
 
 class Source(ABC):
@@ -147,6 +152,10 @@ class Source(ABC):
 
     def check_repeatable(self) -> None:  # noqa: B027 - nothing to check is the rule: tensors give the same numbers
         """Raise if reading twice gives other numbers."""
+
+    def versions(self) -> Versions:
+        """A cheap sign of whether what is held in memory changed."""
+        return ()
 
     @abstractmethod
     def sample_for_fingerprint(self) -> Iterator[Any]:
@@ -173,6 +182,9 @@ class _Tensors(Source):
     def take(self, positions: Sequence[int]) -> Any:
         index = torch.as_tensor(list(positions))
         return map_tensors(self.tree, lambda t: t[index.to(t.device)])
+
+    def versions(self) -> Versions:
+        return versions_of(tensors_in(self.tree), SUMMED_BYTES)
 
     def sample_for_fingerprint(self) -> Iterator[Any]:
         yield self.tree

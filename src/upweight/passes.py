@@ -7,7 +7,7 @@ and on disk if the user gives a cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -174,6 +174,24 @@ class Kept(Generic[Loaded]):
             self._kept[step.start] = loaded
             self._used += size
         return loaded
+
+
+def counted(steps: Iterable[Any], advance: Callable[[int], None]) -> Iterator[Any]:
+    """The steps of a pass, each counted for a progress bar when it is done."""
+    for step in steps:
+        yield step
+        advance(step.stop - step.start)
+
+
+class LoadedSteps:
+    """A pass whose steps are read: ``(start, what belongs to them)``, each counted when it is done."""
+
+    def __init__(self, source: Iterable[Any], advance: Callable[[int], None] = lambda _: None) -> None:
+        self.source, self.advance = source, advance
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        for step in counted(self.source, self.advance):
+            yield step.start, step.load()
 
 
 class InEigenbasis:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import (
@@ -15,6 +16,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+_OPEN: ContextVar[Progress | None] = ContextVar("progress", default=None)
+"""What is on the terminal now."""
 
 
 @contextmanager
@@ -29,6 +33,14 @@ def progress_bar(what: str, total: int, show: bool) -> Iterator[Callable[[int], 
     if not show or not sys.stderr.isatty():
         yield lambda _: None
         return
+    outer = _OPEN.get()
+    if outer is not None:  # one line more: two displays would write over each other
+        task = outer.add_task(what, total=total)
+        try:
+            yield lambda items: outer.advance(task, items)
+        finally:
+            outer.remove_task(task)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -39,4 +51,8 @@ def progress_bar(what: str, total: int, show: bool) -> Iterator[Callable[[int], 
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda items: bar.advance(task, items)
+        token = _OPEN.set(bar)
+        try:
+            yield lambda items: bar.advance(task, items)
+        finally:
+            _OPEN.reset(token)

@@ -11,7 +11,7 @@ from torch import nn
 from upweight.budget import parse_memory
 from upweight.data import Examples, signature
 from upweight.errors import UpweightError
-from upweight.fingerprint import model_fingerprint, model_versions
+from upweight.fingerprint import Origin
 from upweight.gradients.select import ParameterFilter
 from upweight.task import Task
 
@@ -52,23 +52,18 @@ class Attributor:
         self.model, self.task, self.parameters = model, task, parameters
         self.memory, self.batch_size = parse_memory(memory), batch_size
         self.autocast, self.progress = autocast, progress
-        self._fitted_on: tuple[Examples, dict[str, str]] | None = None
-        self._versions: tuple[tuple[int, int], ...] = ()
+        self._fitted_on: Origin | None = None
 
     def _remember(self, examples: Examples) -> None:
         """What a later question must find unchanged."""
-        fingerprints = {"model": model_fingerprint(self.model), "train": examples.fingerprint()}
-        self._fitted_on, self._versions = (examples, fingerprints), model_versions(self.model)
+        self._fitted_on = Origin(self.model, examples)
 
     def _ready(self) -> tuple[Examples, dict[str, str]]:
-        """The training data and the fingerprints of the fit; raise without one, or if the model changed since."""
+        """The training data and the fingerprints of the fit; raise without one, or if either changed since."""
         if self._fitted_on is None:
             raise UpweightError("not fitted yet -> call fit(train) first")
-        if model_versions(self.model) != self._versions:
-            if model_fingerprint(self.model) != self._fitted_on[1]["model"]:
-                raise UpweightError("the model's weights changed since fit -> fit again")
-            self._versions = model_versions(self.model)
-        return self._fitted_on
+        self._fitted_on.check()
+        return self._fitted_on.examples, self._fitted_on.fingerprints
 
 
 def explained_by_form(

@@ -79,6 +79,7 @@ def fit_exact(method: Influence, tracker: Tracker, examples: Examples) -> Solved
         draws=method.draws,
         seed=method.seed,
         memory=method.memory,
+        progress=method.progress,
     )
     solver = _choose_solver(method, operator)
     if isinstance(solver, Direct):

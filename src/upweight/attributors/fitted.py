@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,13 @@ from upweight.curvature.implicit_l2 import implicit_l2_of_layer
 from upweight.curvature.operators import Kronecker
 from upweight.curvature.solved import SolvedCurvature
 from upweight.data import Examples, signature
-from upweight.fingerprint import model_fingerprint, model_versions
+from upweight.fingerprint import Origin
 from upweight.gradients import Gradients, Tracker
 from upweight.gradients.blocks import Block
 from upweight.gradients.rounding import without_effect
 from upweight.gradients.separable import may_separate
 from upweight.index import GradientIndex, check_index_use, probe_positions
-from upweight.passes import EmpiricalPass, FisherPass, InEigenbasis, Kept, ModelPass, Pass
+from upweight.passes import EmpiricalPass, FisherPass, InEigenbasis, Kept, LoadedSteps, ModelPass, Pass
 from upweight.progress import progress_bar
 from upweight.task import FisherKind, resolve_fisher
 
@@ -63,8 +63,7 @@ class Fitted:
         sample: gradients of a few examples of the layers that may have a separable route, or None.
         index: whitened training gradients for new queries, or None.
         rotated: {layer: its curvature} where the training gradients are kept in the curvature's eigenbasis.
-        fingerprints: of the model and of the training data.
-        versions: cheap signs of a changed model.
+        origin: the model and the training data, with their fingerprints.
         signature: form of one training example.
         notes: further evidence.
     """
@@ -80,8 +79,7 @@ class Fitted:
     sample: Gradients | None
     index: GradientIndex | None
     rotated: dict[str, Kronecker]
-    fingerprints: dict[str, str]
-    versions: tuple[tuple[int, int], ...]
+    origin: Origin
     signature: list[str]
     notes: dict[str, Any]
 
@@ -89,6 +87,11 @@ class Fitted:
     def dtype(self) -> torch.dtype:
         """Dtype of factors and scores."""
         return self.tracker.dtype
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the model and of the training data."""
+        return self.origin.fingerprints
 
     @property
     def rounded(self) -> str | None:
@@ -178,8 +181,7 @@ def fit_influence(
         sample=None if index is not None else _sample(method, tracker, examples, probe, size),
         index=index,
         rotated=rotated,
-        fingerprints={"model": model_fingerprint(method.model), "train": examples.fingerprint()},
-        versions=model_versions(method.model),
+        origin=Origin(method.model, examples),
         signature=signature(examples.take([0])),
         notes={"curvature_from": fitted_from, "fit_seconds": round(time.perf_counter() - started, 3)},
     )
@@ -245,7 +247,7 @@ def _fit_curvature(
         source = Kept(columns, keep, lambda columns: sum(g.nbytes for g in columns))
     total = max(1, passes) * examples.n
     with progress_bar(f"{method.curvature} curvature", total, method.progress) as advance:
-        walk = _Walk(source, advance)
+        walk = LoadedSteps(source, advance)
         curvature = fit_curvature(method.curvature, tracker.layers, walk, examples.n, tracker.dtype, keeper)
     _note_spectrum(method, curvature, tracker, examples, size)
     if saved is not None:
@@ -319,18 +321,6 @@ def _sample(
         gradients = tracker.train(examples.take(part), [examples.ids[p] for p in part])
         parts.append(Gradients({name: gradients[name] for name in names}))
     return Gradients.concatenate(parts)
-
-
-class _Walk:
-    """A Fisher source that reports its progress."""
-
-    def __init__(self, source: Any, advance: Callable[[int], None]) -> None:
-        self.source, self.advance = source, advance
-
-    def __iter__(self) -> Iterator[tuple[int, Sequence[Gradients]]]:
-        for step in self.source:
-            yield step.start, step.load()
-            self.advance(step.stop - step.start)
 
 
 def spread(n: int, count: int) -> list[int]:

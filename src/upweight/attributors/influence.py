@@ -38,7 +38,6 @@ from upweight.curvature.l2 import L2, describe_l2
 from upweight.curvature.solvers import Preconditioner, Sketch, Solver
 from upweight.data import Examples
 from upweight.errors import UpweightError
-from upweight.fingerprint import model_fingerprint, model_versions
 from upweight.gradients import Gradients, Router
 from upweight.gradients.select import ParameterFilter
 from upweight.gradients.separable import find_terms
@@ -371,10 +370,7 @@ class Influence(TrainingSetChanges):
     def _ready(self) -> Fitted:
         if self._fitted is None:
             raise UpweightError("not fitted yet -> call fit(train) first")
-        if model_versions(self.model) != self._fitted.versions:
-            if model_fingerprint(self.model) != self._fitted.fingerprints["model"]:
-                raise UpweightError("the model's weights changed since fit -> fit again")
-            self._fitted.versions = model_versions(self.model)
+        self._fitted.origin.check()
         return self._fitted
 
     def _learned(self) -> Fitted:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from upweight.attributors.base import Attributor
     from upweight.attributors.influence import Influence
 
+CONTENTS = 1
+"""Rises with every version whose folders hold something else, or mean something else by it: older ones are refused."""
 FEW = 8
 """Examples whose losses and measurements tell two functions of one name apart."""
 
@@ -28,6 +30,7 @@ def gradients_manifest(
     """What training gradients on disk belong to: this model, this loss, these layers, this data."""
     return {
         "holds": "training gradients",
+        "contents": CONTENTS,
         "model": model_fingerprint(method.model),
         "train": examples.fingerprint(),
         "n": examples.n,

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from upweight.budget import memory_text
 from upweight.curvature.columns import Columns
 from upweight.curvature.damping import Damping
 from upweight.curvature.gram import GramSolution, GramSystem, heaviest
@@ -182,13 +183,14 @@ class DualCurvature:
             return
         sampled = 2 * n**2 * torch.finfo(dtype).bits // 8
         way = (
-            f"fisher='sampled' with draws=1 takes {_bytes(sampled)}, "
+            f"fisher='sampled' with draws=1 takes {memory_text(sampled)}, "
             if columns > 1 and sampled <= room
             else ""
         )
         raise UpweightError(
             f"the Gram matrix of {size:,} gradient columns ({n:,} examples x {columns}) and its factor take "
-            f"{_bytes(2 * gram)}, but {_bytes(room)} are free for it (half of memory={_bytes(self.memory)}) -> {way}"
+            f"{memory_text(2 * gram)}, but {memory_text(room)} are free for it (half of "
+            f"memory={memory_text(self.memory)}) -> {way}"
             f"solver='cg' needs none, or memory='{-(-4 * gram >> 20)}MB'"
         )
 
@@ -335,10 +337,3 @@ def _factorise(built: _Built, shift: float, spectrum: bool) -> GramSystem:
         built.systems.clear()  # one factor at a time
         built.systems[shift] = GramSystem(built.gram, shift, built.spectrum)
     return built.systems[shift]
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} bytes"

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from upweight.budget import BATCH_BYTES, BATCH_SHARE, KEEP_SHARE, batch_size_for, parse_memory
+from upweight.budget import (
+    BATCH_BYTES,
+    BATCH_SHARE,
+    KEEP_SHARE,
+    batch_size_for,
+    memory_text,
+    parse_memory,
+)
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.fit import fit_curvature
 from upweight.curvature.l2 import L2, l2_vector
 from upweight.curvature.products import TwiceDifferentiated
-from upweight.curvature.root import Root, joined
+from upweight.curvature.root import Root, RootPass, joined
 from upweight.curvature.sums import Sum
 from upweight.data import Examples
 from upweight.errors import UpweightError
-from upweight.gradients import Gradients, Tracker
+from upweight.gradients import Tracker
 from upweight.gradients.checks import is_finite
 from upweight.gradients.layers import from_parameters, to_parameters
 from upweight.gradients.probe import largest_losses
-from upweight.passes import FisherPass, Kept, Step
+from upweight.passes import FisherPass, Kept, LoadedSteps, counted
+from upweight.progress import progress_bar
 from upweight.task import FisherKind, OutputTask, resolve_fisher
 from upweight.task.base import MOST_EXACT_COLUMNS
 
@@ -36,6 +45,8 @@ UNITS = 384
 SYMMETRY_EXAMPLES = 8
 PRODUCT_BYTES = 64 << 20
 """Working memory of differentiating twice."""
+SLOW = 1.0
+"""Seconds from which on a product shows its progress."""
 ACTIVATION_COPIES = 8
 """Differentiating twice holds about this many times the bytes of a batch's factors for every vector."""
 
@@ -58,6 +69,7 @@ class ExactCurvature:
         draws: targets an example for ``"sampled"``.
         seed: of the sampled targets.
         memory: bytes to stay within: an int, ``"2GB"``, or ``"auto"`` (half of what is free).
+        progress: show a progress bar for every product that takes long.
 
     Cost: a product with k vectors takes, for the Gauss-Newton matrix of a model with up to 32 outputs, about 4 n p k
     multiply-adds (min(positions, outputs) times that where layers see several positions), all of them in large matrix
@@ -94,6 +106,7 @@ class ExactCurvature:
         draws: int = 4,
         seed: int = 0,
         memory: int | str = "auto",
+        progress: bool = False,
     ) -> None:
         if kind not in EXACT_KINDS:
             raise UpweightError(f"kind={kind!r} is unknown -> use one of {list(EXACT_KINDS)}")
@@ -106,6 +119,7 @@ class ExactCurvature:
         self.size = sum(layer.numel for layer in tracker.layers.values())
         self.positive = kind == "ggn"
         self.products = 0.0
+        self.progress, self._calls, self._seconds = progress, 0, 0.0
         self._widths = [layer.numel for layer in tracker.layers.values()]
         probe = tracker.train(examples.take([0]), examples.ids[:1])
         self._example_bytes = float(max(1, probe.nbytes))
@@ -118,7 +132,7 @@ class ExactCurvature:
         self._roots_fit = per_example * examples.n <= self.memory * KEEP_SHARE
         if self.columns:
             self._roots = Kept(
-                _RootPass(self.fisher_pass()), self.memory * KEEP_SHARE, lambda root: root.nbytes
+                RootPass(self.fisher_pass()), self.memory * KEEP_SHARE, lambda root: root.nbytes
             )
         else:
             groups = (
@@ -147,7 +161,10 @@ class ExactCurvature:
         """``H x`` [p, k] for x [p, k], in x's dtype: over all the data, the same bits each time."""
         self._check(x)
         self.products += x.shape[1]
-        return self._regularised(self._full(x), x)
+        self._calls, started = self._calls + 1, time.perf_counter()
+        product = self._regularised(self._full(x), x)
+        self._seconds = time.perf_counter() - started
+        return product
 
     def sampled_product(self, x: Tensor, positions: Sequence[int]) -> Tensor:
         """``H_batch x`` [p, k]: the mean over the training examples at these positions, and the regulariser."""
@@ -161,11 +178,14 @@ class ExactCurvature:
         return self._regularised(self._of_roots(roots, x, self.dtype).div_(count), x)
 
     def _full(self, x: Tensor) -> Tensor:
-        if self._roots is None:
-            batches = ((r.batch, self.data.ids[r.start : r.stop]) for r in self.data.batches(self.batch_size))
-            return self._differentiated(batches, x, self.data.n)
-        roots = (step.load() for step in self._roots)
-        return self._of_roots(roots, x).div_(self.data.n)
+        what = f"{self.kind}, product {self._calls} with {x.shape[1]} vectors"
+        with progress_bar(what, self.data.n, self.progress and self._seconds > SLOW) as advance:
+            if self._roots is None:
+                batches = counted(self.data.batches(self.batch_size), advance)
+                with_ids = ((rows.batch, self.data.ids[rows.start : rows.stop]) for rows in batches)
+                return self._differentiated(with_ids, x, self.data.n)
+            roots = (step.load() for step in counted(self._roots, advance))
+            return self._of_roots(roots, x).div_(self.data.n)
 
     def _of_roots(self, roots: Iterable[Root], x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """``sum over roots of S^T S x``: sums within a batch in the model's precision, over batches in this one."""
@@ -268,8 +288,8 @@ class ExactCurvature:
         """Raise if a dense matrix does not fit the memory budget."""
         if not self.fits_dense():
             raise UpweightError(
-                f"the dense {self.kind} of {self.size:,} parameters takes {_size(self.dense_bytes())} with its "
-                f"inverse, more than the {_size(self.memory * DENSE_SHARE)} of the memory budget for it -> "
+                f"the dense {self.kind} of {self.size:,} parameters takes {memory_text(self.dense_bytes())} with its "
+                f"inverse, more than the {memory_text(self.memory * DENSE_SHARE)} of the memory budget for it -> "
                 "use solver='cg' or 'dual', curvature='ekfac', fewer parameters=, or a larger memory="
             )
 
@@ -342,8 +362,7 @@ class ExactCurvature:
             fisher, columns = resolve_fisher(task, model, batch, "auto", self.draws)
         source = FisherPass(self.tracker, self.data, self.batch_size, fisher, columns, self.seed)
         kept = Kept(source, self.memory * KEEP_SHARE, lambda found: sum(g.nbytes for g in found))
-        loaded = _Loaded(kept)
-        return fit_curvature(kind, self.tracker.layers, loaded, self.data.n, self.dtype)
+        return fit_curvature(kind, self.tracker.layers, LoadedSteps(kept), self.data.n, self.dtype)
 
     # Columns -----------------------------------------------------------------------------------------------------
 
@@ -367,33 +386,3 @@ class ExactCurvature:
         if self.fisher == "exact" and columns > MOST_EXACT_COLUMNS and isinstance(task, OutputTask):
             return 0
         return columns
-
-
-class _RootPass:
-    """The roots of a pass over Fisher columns."""
-
-    def __init__(self, source: FisherPass) -> None:
-        self.source = source
-
-    def __iter__(self) -> Iterator[Step[Root]]:
-        for step in self.source:
-            yield Step(step.start, step.stop, lambda s=step: Root.of(s.load()))
-
-
-class _Loaded:
-    """A Fisher source from a pass: its steps loaded."""
-
-    def __init__(self, source: Kept[Sequence[Gradients]]) -> None:
-        self.source = source
-
-    def __iter__(self) -> Iterator[tuple[int, Sequence[Gradients]]]:
-        for step in self.source:
-            yield step.start, step.load()
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from upweight.gradients.blocks import Block, Factored, Sparse, flatten_groups
 from upweight.gradients.gradients import Gradients
+from upweight.passes import FisherPass, Step
 
 TILE_BYTES = 16 << 20
 """Largest temporary of one layer."""
@@ -291,6 +292,17 @@ class Root:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(layer.nbytes for layer in self.layers.values())
+
+
+class RootPass:
+    """The roots of a pass over Fisher columns."""
+
+    def __init__(self, source: FisherPass) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[Step[Root]]:
+        for step in self.source:
+            yield Step(step.start, step.stop, lambda s=step: Root.of(s.load()))
 
 
 def joined(roots: Iterable[Root], nbytes: float) -> Iterator[Root]:
