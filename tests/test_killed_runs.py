@@ -80,7 +80,7 @@ SCRIPT = textwrap.dedent(
     wrap(store, "replace_file", replace_file)
     wrap(store.ShardStore, "_append", append)
     wrap(store.ShardStore, "write", write)
-    wrap(fitted._Walk, "__iter__", walk)
+    wrap(fitted.LoadedSteps, "__iter__", walk)
     wrap(uw.Influence, "_preconditioned", asking)
     train, query = digits()
     options = {{"fisher": "empirical", "batch_size": 50, "memory": "1MB", "progress": False}}
