@@ -196,11 +196,13 @@ CORRECTED: dict[str, Method] = {
 }
 
 
-def solved(solver: Any, damping: float, curvature: str = "ggn", dampings: tuple[float, ...] = ()) -> Method:
-    """The exact Gauss-Newton matrix, or the Hessian, by a solver that is not exact, with these dampings."""
+def solved(
+    solver: Any, damping: float, curvature: str = "ggn", dampings: tuple[float, ...] = (), **more: Any
+) -> Method:
+    """The Gauss-Newton matrix or the Hessian by a solver, with this damping and, to choose from, these."""
 
     def method(run: Explained) -> Iterator[tuple[str, Any]]:
-        options = {"curvature": curvature, "solver": solver, "l2": run.l2, "progress": False}
+        options = {"curvature": curvature, "solver": solver, "l2": run.l2, "progress": False, **more}
         fitted = uw.Influence(run.model, run.task, damping=damping, **options).fit(run.train)
         yield f"{damping:g}" if dampings else "", fitted.attribute(run.query)
         for other in dampings:

@@ -60,7 +60,7 @@ ONCE = {
     **CORRECTED,
     "EK-FAC, one sampled label": influence("ekfac", fisher="sampled", draws=1),
     "GGN, exact": influence("ggn", solver="cg", l2=True, dampings=(1e-2, 3e-2, 1e-1)),
-    "GGN in blocks, exact": influence("ggn", blocks=True, solver="cg", l2=True, dampings=(1e-2, 3e-2)),
+    "GGN in blocks, exact": solved("cg", 3e-2, blocks=True),
     "GGN, Arnoldi of rank 200": solved(Arnoldi(rank=200), 3e-2),
     "GGN, Nyström of rank 200": solved(Nystrom(rank=200), 3e-2),
     "Hessian, Arnoldi of rank 200": solved(Arnoldi(rank=200), 0.1, "hessian", (0.3, 1.0)),
