@@ -6,6 +6,7 @@ import torch
 from refusals import refused
 
 import upweight as uw
+from upweight.fingerprint import versions_of
 
 METHODS = {
     "EK-FAC": lambda m, t: uw.Influence(m, t, progress=False),
@@ -81,3 +82,25 @@ def test_a_fingerprint_follows_the_data():
     assert examples.fingerprint() == before == uw.Examples(x.copy()).fingerprint()
     x[0, 0] = 7
     assert examples.fingerprint() == uw.Examples(x.copy()).fingerprint() != before
+
+
+ODD = {
+    "sparse": lambda: torch.zeros(3).to_sparse(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8),
+    "meta": lambda: torch.zeros(3, device="meta"),
+    "8 bits": lambda: torch.zeros(3, dtype=torch.float8_e4m3fn),
+    "unsigned": lambda: torch.zeros(3, dtype=torch.uint16),
+    "yes or no": lambda: torch.zeros(3, dtype=torch.bool),
+    "complex": lambda: torch.zeros(3, dtype=torch.complex64),
+    "nothing": lambda: torch.zeros(0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("kind", ODD)
+def test_tensors_of_any_kind_have_a_version(kind):
+    tensor = ODD[kind]()
+    assert versions_of([tensor]) == versions_of([tensor])
+    before = versions_of([tensor])
+    tensor.copy_(ODD[kind]())
+    assert versions_of([tensor]) != before

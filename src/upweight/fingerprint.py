@@ -75,7 +75,10 @@ def versions_of(tensors: Iterable[Tensor], summed_bytes: float = float("inf")) -
     """
 
     def version(t: Tensor) -> tuple[int, int]:
-        countable = not (t.is_floating_point() and t.itemsize == 1) and t.nbytes <= summed_bytes
+        if t.layout != torch.strided:
+            return 0, t._version
+        float8 = t.is_floating_point() and t.itemsize == 1
+        countable = not (float8 or t.is_quantized or t.is_meta) and t.nbytes <= summed_bytes
         return t.data_ptr(), hash((t._version, t.sum().item() if countable else 0))
 
     return tuple(version(t.detach()) for t in tensors)
