@@ -1,12 +1,15 @@
 """Training data that is written to after a fit: a question about it would mix what it was with what it is."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from refusals import refused
 
 import upweight as uw
-from upweight.fingerprint import versions_of
+from upweight import fingerprint
+from upweight.fingerprint import data_versions
 
 METHODS = {
     "EK-FAC": lambda m, t: uw.Influence(m, t, progress=False),
@@ -56,14 +59,46 @@ def test_is_noticed(name, change):
     method.fit(train).attribute(query)
 
 
-def test_is_noticed_in_an_array():
+def add_to_one(x, y):
+    x[3, 2] += 0.1
+
+
+def shuffle(x, y):
+    np.random.default_rng(0).shuffle(y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("change", [write_inputs, swap_labels, add_to_one, shuffle])
+def test_is_noticed_in_an_array(change, dtype):
     """Torch does not count what is written through numpy."""
     x, y = data(40)
-    train = x.numpy(), y.numpy()
-    method = METHODS["EK-FAC"](model(), uw.Classification()).fit(train)
-    train[0][3] += 1
+    train = x.numpy().astype(dtype), y.numpy()
+    network = model().to(getattr(torch, dtype)) if dtype == "float16" else model()
+    method = uw.Loss(network, uw.Classification(), progress=False).fit(train)
+    method.self_influence()
+    change(*train)
     with refused("training data changed since fit"):
         method.self_influence()
+
+
+def test_is_noticed_in_a_large_array(monkeypatch):
+    monkeypatch.setattr(fingerprint, "CHECKED_BYTES", 100)
+    x = np.zeros((64, 32))
+    examples = uw.Examples(x)
+    before = examples.fingerprint()
+    x += 1
+    assert examples.fingerprint() != before
+
+
+def test_an_audit_after_a_correction_fits_again():
+    """Labels corrected in place are what an audit leads to, and the next one is given the same method."""
+    x, y = data(60)
+    method = METHODS["EK-FAC"](model(), uw.Classification())
+    uw.audit(method.model, uw.Classification(), (x, y), influence=method, progress=False)
+    y[:3] = (y[:3] + 1) % 3
+    uw.audit(method.model, uw.Classification(), (x, y), influence=method, progress=False)
+    fresh = METHODS["EK-FAC"](method.model, uw.Classification()).fit((x, y))
+    assert torch.equal(method.self_influence().values, fresh.self_influence().values)
 
 
 def test_what_is_written_back_is_no_change():
@@ -86,21 +121,36 @@ def test_a_fingerprint_follows_the_data():
 
 ODD = {
     "sparse": lambda: torch.zeros(3).to_sparse(),
-    "quantised": lambda: torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8),
     "meta": lambda: torch.zeros(3, device="meta"),
     "8 bits": lambda: torch.zeros(3, dtype=torch.float8_e4m3fn),
     "unsigned": lambda: torch.zeros(3, dtype=torch.uint16),
     "yes or no": lambda: torch.zeros(3, dtype=torch.bool),
     "complex": lambda: torch.zeros(3, dtype=torch.complex64),
     "nothing": lambda: torch.zeros(0),
+    "a number": lambda: torch.tensor(1.0),
+    "not a number": lambda: torch.tensor([float("nan")]),
 }
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("kind", ODD)
 def test_tensors_of_any_kind_have_a_version(kind):
     tensor = ODD[kind]()
-    assert versions_of([tensor]) == versions_of([tensor])
-    before = versions_of([tensor])
-    tensor.copy_(ODD[kind]())
-    assert versions_of([tensor]) != before
+    before = data_versions([tensor])
+    assert data_versions([tensor]) == before
+    tensor.zero_()
+    assert data_versions([tensor]) != before
+
+
+def test_inference_mode_has_fingerprints_too():
+    with torch.inference_mode():
+        assert uw.Examples(data(6)).fingerprint() == uw.Examples(data(6)).fingerprint()
+
+
+def test_a_model_with_quantised_buffers_is_fitted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scale = torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8)
+    quantised = model()
+    quantised.register_buffer("scale", scale)
+    method = uw.Loss(quantised, uw.Classification(), progress=False).fit(data(40))
+    assert len(method.self_influence().values) == 40

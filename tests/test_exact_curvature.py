@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import upweight as uw
 from upweight.curvature.exact import ExactCurvature
+from upweight.curvature.root import joined
 from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.gradients import Tracker
@@ -314,3 +315,26 @@ def test_wrong_vectors_are_refused():
         exact(l2=-1)
     with pytest.raises(UpweightError, match="kind='fisher'"):
         exact("fisher")
+
+
+def test_joined_roots_are_few_and_no_larger_than_was_said():
+    """Parts of the same lengths are multiplied together; no more of them are held than asked for."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    batch = torch.randn(40, 6, dtype=torch.float64), torch.arange(40) % 3
+    examples = Examples(batch)
+    H = ExactCurvature(Tracker(model, uw.Classification(), examples), examples, batch_size=4)
+    roots = [step.load() for step in H._roots]
+    size = roots[0].nbytes
+    x = torch.randn(H.size, 7, dtype=torch.float64)
+    named = dict(zip(H.tracker.layers, x.split(H._widths), strict=True))
+    expected = [root.product(named, False) for root in roots]
+    for most, count in [(0, 10), (3 * size, 4), (100 * size, 1)]:
+        found = list(joined(iter(roots), most))
+        assert len(found) == count and sum(root.batch for root in found) == 40
+        assert all(root.nbytes <= max(most, size) for root in found)
+        products = [root.product(named, False) for root in found]
+        for name in named:
+            torch.testing.assert_close(
+                sum(p[name] for p in products), sum(p[name] for p in expected), rtol=1e-12, atol=1e-12
+            )

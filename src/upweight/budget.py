@@ -48,12 +48,12 @@ def memory_text(nbytes: float) -> str:
 
     Example:
         >>> memory_text(1.5 * 2**30), memory_text(300)
-        ('1.5 GiB', '300 bytes')
+        ('1.5 GiB', '300 B')
     """
     for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= size:
             return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes:.0f} bytes"
+    return f"{nbytes:.0f} B"
 
 
 def batch_size_for(example_bytes: float, n: int, memory: int) -> int:

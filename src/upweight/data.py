@@ -41,7 +41,7 @@ from upweight._trees import (
     tensors_in,
 )
 from upweight.errors import UpweightError
-from upweight.fingerprint import SUMMED_BYTES, Versions, versions_of
+from upweight.fingerprint import Versions, data_versions
 
 FINGERPRINT_ITEMS = 256
 """How many evenly spaced examples of a lazily read data set go into its fingerprint; tensors are hashed whole."""
@@ -117,12 +117,16 @@ class Examples:
         """The batch size that the data insists on (a stream's), else None."""
         return self._source.batch_size
 
+    def versions(self) -> Versions:
+        """A cheap sign of whether what is held in memory was written to."""
+        return self._source.versions()
+
     def fingerprint(self) -> str:
         """Content hash: of every value for tensors, of 256 evenly spaced examples for data sets read from elsewhere.
 
-        It is worked out again where tensors were written to since.
+        It is worked out again where tensors or arrays that were given as such were written to since.
         """
-        versions = self._source.versions()
+        versions = self.versions()
         if self._fingerprint is None or self._fingerprint[0] != versions:
             digest = hashlib.blake2b(str(self.n).encode(), digest_size=16)
             for batch in self._source.sample_for_fingerprint():
@@ -184,7 +188,7 @@ class _Tensors(Source):
         return map_tensors(self.tree, lambda t: t[index.to(t.device)])
 
     def versions(self) -> Versions:
-        return versions_of(tensors_in(self.tree), SUMMED_BYTES)
+        return data_versions(tensors_in(self.tree))
 
     def sample_for_fingerprint(self) -> Iterator[Any]:
         yield self.tree

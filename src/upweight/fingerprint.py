@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,8 @@ from upweight.errors import UpweightError
 if TYPE_CHECKING:
     from upweight.data import Examples
 
-SUMMED_BYTES = 64 << 20
-"""Larger tensors are not read as a whole to see whether they changed: they may be a file in the place of memory."""
+CHECKED_BYTES = 64 << 20
+"""Of larger tensors only evenly spread rows are read to see whether they changed: they may be a file on disk."""
 
 Versions = tuple[tuple[int, int], ...]
 
@@ -59,26 +60,29 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def model_versions(model: nn.Module) -> Versions:
-    """A cheap sign of whether a model changed: see `versions_of`."""
-    return versions_of((*model.parameters(), *model.buffers()))
+    """Where each tensor is, how often it was written to and its sum: a cheap sign of whether a model changed.
 
-
-def versions_of(tensors: Iterable[Tensor], summed_bytes: float = float("inf")) -> Versions:
-    """Where each tensor is, how often it was written to and its sum: a cheap sign of whether it changed.
-
-    The sum is for writes that torch does not count: through ``p.data``, as moving averages do them, and through an
-    array that shares its memory.
-
-    Args:
-        tensors: in one order.
-        summed_bytes: leave the sum of larger ones out.
+    The sum is for writes through ``p.data``, as moving averages do them: torch does not count those.
     """
+    tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
+    sums = [t.sum().item() if t.is_floating_point() and t.itemsize > 1 else 0 for t in tensors]
+    return tuple((t.data_ptr(), hash((t._version, total))) for t, total in zip(tensors, sums, strict=True))
 
-    def version(t: Tensor) -> tuple[int, int]:
-        if t.layout != torch.strided:
-            return 0, t._version
-        float8 = t.is_floating_point() and t.itemsize == 1
-        countable = not (float8 or t.is_quantized or t.is_meta) and t.nbytes <= summed_bytes
-        return t.data_ptr(), hash((t._version, t.sum().item() if countable else 0))
 
-    return tuple(version(t.detach()) for t in tensors)
+def data_versions(tensors: Iterable[Tensor]) -> Versions:
+    """How often each tensor was written to and a checksum of what it holds: a cheap sign of whether data changed.
+
+    The checksum is for writes that torch does not count: through an array that shares the memory. It is left out of
+    tensors on other devices, which no array shares.
+    """
+    return tuple((_writes(t), _checksum(t)) for t in tensors)
+
+
+def _writes(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def _checksum(t: Tensor) -> int:
+    if t.device.type != "cpu" or t.layout != torch.strided or t.numel() == 0:
+        return 0
+    return zlib.crc32(raw_bytes(t[:: -(-t.nbytes // CHECKED_BYTES)] if t.ndim else t))

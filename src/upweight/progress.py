@@ -34,7 +34,7 @@ def progress_bar(what: str, total: int, show: bool) -> Iterator[Callable[[int], 
         yield lambda _: None
         return
     outer = _OPEN.get()
-    if outer is not None:  # one line more: two displays would write over each other
+    if outer is not None and outer.live.is_started:  # one line more: two displays would write over each other
         task = outer.add_task(what, total=total)
         try:
             yield lambda items: outer.advance(task, items)
@@ -51,8 +51,8 @@ def progress_bar(what: str, total: int, show: bool) -> Iterator[Callable[[int], 
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
-        token = _OPEN.set(bar)
+        _OPEN.set(bar)
         try:
             yield lambda items: bar.advance(task, items)
         finally:
-            _OPEN.reset(token)
+            _OPEN.set(None)

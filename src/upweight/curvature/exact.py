@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -184,20 +184,31 @@ class ExactCurvature:
                 batches = counted(self.data.batches(self.batch_size), advance)
                 with_ids = ((rows.batch, self.data.ids[rows.start : rows.stop]) for rows in batches)
                 return self._differentiated(with_ids, x, self.data.n)
-            roots = (step.load() for step in counted(self._roots, advance))
-            return self._of_roots(roots, x).div_(self.data.n)
+            roots = (step.load() for step in self._roots)
+            return self._of_roots(roots, x, advance=advance).div_(self.data.n)
 
-    def _of_roots(self, roots: Iterable[Root], x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    def _of_roots(
+        self,
+        roots: Iterable[Root],
+        x: Tensor,
+        dtype: torch.dtype = torch.float64,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> Tensor:
         """``sum over roots of S^T S x``: sums within a batch in the model's precision, over batches in this one."""
         out = torch.zeros(x.shape, dtype=dtype, device=self.tracker.device)
         width = min(VECTORS, x.shape[1])
-        for root in joined(roots, min(self.memory * BATCH_SHARE, self.size * width * x.element_size())):
+        most = min(
+            self.memory * BATCH_SHARE / 2, self.size * width * x.element_size()
+        )  # beside what is joined
+        for root in joined(roots, most):
             for a in range(0, x.shape[1], VECTORS):
                 parts = x[:, a : a + VECTORS].to(self.dtype).split(self._widths)
                 named = dict(zip(self.tracker.layers, parts, strict=True))
                 found = root.product(named, self.blocks)
                 for (start, stop), part in zip(self.spans(), found.values(), strict=True):
                     out[start:stop, a : a + VECTORS] += part
+            advance(root.batch)
+            del root  # before the next one is joined
         return out
 
     def _differentiated(

@@ -117,7 +117,12 @@ class SharedInputs:
     def join(self, parts: Sequence[SharedInputs]) -> SharedInputs:
         blocks = [part.block for part in parts]
         pieces = tuple(
-            replace(uses[0], rows=torch.cat([p.rows for p in uses]), cols=torch.cat([p.cols for p in uses]))
+            replace(
+                uses[0],
+                rows=torch.cat([p.rows for p in uses]),
+                cols=torch.cat([p.cols for p in uses]),
+                real=None,
+            )
             for uses in zip(*(block.pieces for block in blocks), strict=True)
         )
         block = Factored(pieces, self.block.groups, self.block.ones)
@@ -134,7 +139,7 @@ class SharedInputs:
 
     @property
     def nbytes(self) -> int:
-        return self.deltas.nbytes + sum(piece.cols.nbytes for piece in self.block.pieces)
+        return self.deltas.nbytes + sum(piece.rows.nbytes + piece.cols.nbytes for piece in self.block.pieces)
 
     @property
     def _formed(self) -> bool:
@@ -306,20 +311,26 @@ class RootPass:
 
 
 def joined(roots: Iterable[Root], nbytes: float) -> Iterator[Root]:
-    """The same examples in fewer roots, holding no more than these bytes, or one root, of them at a time.
+    """The same examples in fewer roots, each of no more than these bytes, or of one root.
 
-    A product with few examples mostly reads and writes its vectors, which are as long as the parameters.
+    A product with few examples mostly reads and writes its vectors, which are as long as the parameters. The roots that
+    one is joined from are let go before it is yielded.
     """
     waiting: dict[tuple[Any, ...], list[Root]] = {}  # by their sequences' lengths
     held = 0
     for root in roots:
         if held + root.nbytes > nbytes:
-            yield from map(_join, waiting.values())
-            waiting.clear()
+            yield from _emptied(waiting)
             held = 0
         waiting.setdefault(root.signature, []).append(root)
         held += root.nbytes
-    yield from map(_join, waiting.values())
+        del root
+    yield from _emptied(waiting)
+
+
+def _emptied(waiting: dict[tuple[Any, ...], list[Root]]) -> Iterator[Root]:
+    while waiting:
+        yield _join(waiting.pop(next(iter(waiting))))
 
 
 def _join(roots: Sequence[Root]) -> Root:

@@ -23,6 +23,7 @@ from upweight._ids import as_ids, positions_of
 from upweight._trees import map_tensors
 from upweight.data import Examples, Rows, Source, _Tensors
 from upweight.errors import UpweightError
+from upweight.fingerprint import Versions
 from upweight.repair.targets import Label, check_named, different, real, with_targets
 from upweight.task import FisherKind, Task
 
@@ -233,6 +234,9 @@ class _Changed(Source):
     def take(self, positions: Sequence[int]) -> Any:
         theirs = self.positions[np.asarray(list(positions), dtype=np.int64)]
         return self._altered(self.base.take(theirs.tolist()), theirs)
+
+    def versions(self) -> Versions:
+        return self.base.versions()
 
     def sample_for_fingerprint(self) -> Iterator[Any]:
         yield torch.from_numpy(self.positions)

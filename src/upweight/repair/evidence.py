@@ -104,7 +104,7 @@ class Evidence:
         if mine is None:
             mine = Influence(self.model, self.task, seed=self.options.seed, **self.options.shared)
         fitted = mine._fitted
-        if fitted is None or fitted.examples.fingerprint() != self.examples.fingerprint():
+        if fitted is None or fitted.fingerprints["train"] != self.examples.fingerprint():
             return mine.fit(self.examples)
         return mine
 

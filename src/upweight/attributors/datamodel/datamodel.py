@@ -181,6 +181,7 @@ class Datamodel:
         sizes = self._masks.sum(1)
         one_size = bool((sizes == sizes[0]).all()) or self.estimator == "shapley"
         self._facts |= {
+            "fingerprints": {"train": examples.fingerprint()},
             "held_out_lds": float(held_out.mean()),
             "held_out_lds_by_query": held_out.tolist(),
             "subset_sizes": [int(sizes.min()), int(sizes.max())],
@@ -311,7 +312,6 @@ class Datamodel:
             "subsets_dropped": self._dropped,
             "folds": self.folds,
             "seed": self.seed,
-            "fingerprints": {"train": examples.fingerprint()},
             "versions": library_versions(),
             **self._facts,
         }
