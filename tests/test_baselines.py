@@ -129,6 +129,14 @@ def test_a_changed_model_is_noticed():
         method.self_influence()
 
 
+def test_a_model_written_to_behind_torch_is_noticed():
+    method = uw.Loss(small(), TASK).fit(TRAIN)
+    bias = [p for p in method.model.parameters() if p.ndim == 1][-1]
+    bias.data[:] = bias.data.flip(0)
+    with refused("weights changed since fit"):
+        method.self_influence()
+
+
 @pytest.mark.parametrize(("make", "extra"), [("BM25", "text"), ("confident_learning", "audit")])
 def test_a_missing_library_names_its_extra(monkeypatch, make, extra):
     def missing(name):
