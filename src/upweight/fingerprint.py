@@ -72,7 +72,12 @@ def model_versions(model: nn.Module) -> Versions:
 
 
 def _sum(t: Tensor) -> float:
-    if t.device.type == "cpu" and t.layout == torch.strided and not t.is_quantized and t.nbytes <= SMALL_BYTES:
+    if (
+        t.device.type == "cpu"
+        and t.layout == torch.strided
+        and not t.is_quantized
+        and t.nbytes <= SMALL_BYTES
+    ):
         return _checksum(t)
     return t.sum().item() if t.is_floating_point() and t.itemsize > 1 else 0
 
