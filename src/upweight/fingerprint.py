@@ -72,12 +72,7 @@ def model_versions(model: nn.Module) -> Versions:
 
 
 def _sum(t: Tensor) -> float:
-    if (
-        t.device.type == "cpu"
-        and t.layout == torch.strided
-        and not t.is_quantized
-        and t.nbytes <= SMALL_BYTES
-    ):
+    if _has_bytes(t) and t.nbytes <= SMALL_BYTES:
         return _checksum(t)
     return t.sum().item() if t.is_floating_point() and t.itemsize > 1 else 0
 
@@ -96,6 +91,10 @@ def _writes(t: Tensor) -> int:
 
 
 def _checksum(t: Tensor) -> int:
-    if t.device.type != "cpu" or t.layout != torch.strided or t.numel() == 0:
+    if not _has_bytes(t) or t.numel() == 0:
         return 0
     return zlib.crc32(raw_bytes(t[:: -(-t.nbytes // CHECKED_BYTES)] if t.ndim else t))
+
+
+def _has_bytes(t: Tensor) -> bool:
+    return t.device.type == "cpu" and t.layout == torch.strided and not t.is_quantized

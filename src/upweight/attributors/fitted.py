@@ -52,7 +52,6 @@ class Fitted:
 
     Attributes:
         tracker: captures gradients of this model.
-        examples: the training data.
         training: passes over its gradients.
         curvature: with raw eigenvalues.
         fisher: its kind, and columns per example.
@@ -69,7 +68,6 @@ class Fitted:
     """
 
     tracker: Tracker
-    examples: Examples
     training: Pass[Gradients]
     curvature: Curvature | SolvedCurvature | DataInfCurvature
     fisher: tuple[FisherKind, int]
@@ -87,6 +85,11 @@ class Fitted:
     def dtype(self) -> torch.dtype:
         """Dtype of factors and scores."""
         return self.tracker.dtype
+
+    @property
+    def examples(self) -> Examples:
+        """The training data."""
+        return self.origin.examples
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -171,7 +174,6 @@ def fit_influence(
                 training.release()  # the index answers from now on
     return Fitted(
         tracker=tracker,
-        examples=examples,
         training=training,
         curvature=curvature,
         fisher=fisher,
