@@ -250,6 +250,7 @@ def test_damping_relative_to_the_spectrum():
     for damping, number in {
         "0.1 mean": 0.1 * float(values.mean()),
         "0.01 top": 0.01 * float(values[-1]),
+        "2 example": 2 * float(values.sum()) / len(TRAIN[1]),
         uw.Damping(0.2, relative=True): 0.2 * float(values.mean()),
         uw.Damping(0.2, relative="top"): 0.2 * float(values[-1]),
     }.items():

@@ -26,7 +26,8 @@ import upweight as uw
 
 LR: dict[str, Any] = {"rate": 0.01, "momentum": 0.0, "decay": 0.0, "batch": 64, "epochs": 20}
 MLP: dict[str, Any] = {"rate": 0.01, "momentum": 0.9, "decay": 0.0, "batch": 64, "epochs": 50}
-GGN = {"GGN, CG": influence("ggn", dampings=(1e-3, 1e-2, 1e-1), solver="cg")}
+LR_GGN = {"GGN, CG": influence("ggn", dampings=(1e-3, 1e-2, 1e-1), solver="cg")}
+MLP_GGN = {"GGN, CG": influence("ggn", dampings=(1e-4, 1e-3, 1e-2), solver="cg")}
 
 
 def data() -> tuple[Data, Data]:
@@ -85,10 +86,10 @@ def setting(name: str, network: Any, recipe: dict[str, Any], train_fn: Any, more
     )
 
 
+SETTINGS = {
+    "mnist-lr": setting("LR 784-10", logistic, LR, train_lr, LR_GGN),
+    "mnist-mlp": setting("MLP 784-128-64-10", perceptron, MLP, train_mlp, MLP_GGN),
+}
+
 if __name__ == "__main__":
-    main(
-        {
-            "mnist-lr": setting("LR 784-10", logistic, LR, train_lr, GGN),
-            "mnist-mlp": setting("MLP 784-128-64-10", perceptron, MLP, train_mlp, {}),
-        }
-    )
+    main(SETTINGS)

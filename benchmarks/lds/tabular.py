@@ -111,5 +111,10 @@ def setting(table: Table, train_fn: Any) -> Setting:
     )
 
 
+SETTINGS = {
+    "concrete": setting(CONCRETE, train_concrete),
+    "parkinsons": setting(PARKINSONS, train_parkinsons),
+}
+
 if __name__ == "__main__":
-    main({"concrete": setting(CONCRETE, train_concrete), "parkinsons": setting(PARKINSONS, train_parkinsons)})
+    main(SETTINGS)

@@ -22,7 +22,7 @@ class Curvature:
     Attributes:
         kind: ``"identity"``, ``"diagonal"``, ``"kfac"`` or ``"ekfac"``.
         layers: {layer name: its curvature}, with raw eigenvalues.
-        info: what was fitted on what (Fisher kind, columns, examples) and how each layer is represented.
+        info: how each layer is represented, and of how many training examples it is.
     """
 
     kind: str
@@ -35,9 +35,13 @@ class Curvature:
         return damping.by_layer(self.spectra(), rounding, least)
 
     def spectra(self) -> dict[str, Spectrum]:
-        """{layer: (mean, largest) eigenvalue}."""
+        """The raw spectrum of every layer."""
         values = {name: layer.eigenvalues for name, layer in self.layers.items()}
-        return {name: (float(found.mean()), float(found.max())) for name, found in values.items()}
+        n = self.info.get("examples")
+        return {
+            name: Spectrum(float(v.mean()), float(v.max()), float(v.mean()) * v.numel() / n if n else None)
+            for name, v in values.items()
+        }
 
     def inverse(self, damping: Damping) -> Inverse:
         """``(H + damping I)^-1`` as an operator on `Gradients`. Costs nothing: the eigenvalues are kept raw."""

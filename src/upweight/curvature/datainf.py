@@ -30,6 +30,8 @@ from upweight.passes import Kept, Pass
 if TYPE_CHECKING:
     from upweight.gradients.gradients import Transposed
 
+PAPERS_FRACTION = 0.1
+
 
 @dataclass
 class DataInfCurvature:
@@ -63,12 +65,17 @@ class DataInfCurvature:
         return len(next(iter(self.norms.values())))
 
     def damping(self, damping: Damping) -> dict[str, float]:
-        """The damping of every layer."""
+        """The damping of every layer; an automatic one is the paper's."""
+        damping = damping.instead_of_auto(PAPERS_FRACTION, "mean")
         return damping.by_layer(self.spectra(), self.info.get("without_effect", ()))
 
     def spectra(self) -> dict[str, Spectrum]:
-        """{layer: its mean eigenvalue ``mean_i |g_i|^2 / p_l``, and None}."""
-        return {n: (float(self.norms[n].mean()) / layer.numel, None) for n, layer in self.layers.items()}
+        """Of every layer: its mean eigenvalue is ``mean_i |g_i|^2 / p_l``."""
+        means = {name: float(norms.mean()) for name, norms in self.norms.items()}
+        return {
+            name: Spectrum(means[name] / layer.numel, example=means[name] / self.n)
+            for name, layer in self.layers.items()
+        }
 
     def inverse(self, damping: Damping) -> DataInfInverse:
         """The mean of the examples' damped inverses. Another damping costs nothing."""

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from upweight.budget import memory_text
 from upweight.curvature.columns import Columns
-from upweight.curvature.damping import Damping
 from upweight.curvature.gram import GramSolution, GramSystem, heaviest
 from upweight.curvature.solvers.base import SolveInfo
 from upweight.errors import UpweightError
@@ -102,19 +101,6 @@ class DualCurvature:
             norms.append(torch.stack([squared_norms(column) for column in columns]))
         self.norms = torch.cat(norms, 1)  # [column, example]
         self._built: _Built | None = None
-
-    def mean_eigenvalue(self) -> float:
-        """``trace(H) / p``."""
-        return float(self.norms.sum()) / (self.n * self.parameters)
-
-    def damping(self, damping: Damping) -> float:
-        """The one number that a damping rule comes to."""
-        if damping.layers:
-            raise UpweightError(
-                f"damping has own numbers for {[name for name, _ in damping.layers]}, expected one number: the dual "
-                "inverts H + damping I over all layers at once -> give one number"
-            )
-        return damping.resolve("*", self.mean_eigenvalue())
 
     def inverse(
         self,

@@ -85,7 +85,9 @@ def fit_curvature(
         raise UpweightError(f"curvature={kind!r} is unknown -> use one of {list(KINDS)}")
     if kind == "identity":
         return Curvature(
-            kind, {name: Identity() for name in layers}, {"represented": dict.fromkeys(layers, "identity")}
+            kind,
+            {name: Identity() for name in layers},
+            {"represented": dict.fromkeys(layers, "identity"), "examples": n},
         )
     sums = {name: _accumulator(kind, layer) for name, layer in layers.items()}
     for start, columns in source:
@@ -103,7 +105,7 @@ def fit_curvature(
     if kind == "ekfac":
         fitted = _correct_eigenvalues(fitted, source, n, dtype, keeper)
     represented = {name: _describe(fitted[name], kind) for name in layers}
-    return Curvature(kind, fitted, {"represented": represented})
+    return Curvature(kind, fitted, {"represented": represented, "examples": n})
 
 
 def _describe(layer: LayerCurvature, kind: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from upweight.budget import PANEL_SHARE
 from upweight.curvature.auto_damping import auto_damping
 from upweight.curvature.curvature import Curvature
-from upweight.curvature.damping import Damping
+from upweight.curvature.damping import Damping, Spectrum
 from upweight.curvature.evidence_damping import evidence_damping
 from upweight.curvature.exact import ExactCurvature
 from upweight.curvature.krylov import top_eigenvalue, trace
@@ -114,11 +114,12 @@ class SolvedCurvature:
         if damping.relative == "top":
             values = self.eigenvalues()
             top = float(values.max()) if values is not None else top_eigenvalue(self.operator)
-            return damping.resolve("", 0.0, top)
+            return damping.resolve("", Spectrum(0.0, top))
         if damping.relative:
             values = self.eigenvalues()
             total = float(values.sum()) if values is not None else trace(self.operator)
-            return damping.resolve("", total / self.operator.size)
+            spectrum = Spectrum(total / self.operator.size, example=total / self.operator.examples)
+            return damping.resolve("", spectrum)
         return float(damping.value)
 
 
