@@ -1,10 +1,11 @@
 """Which detector finds real label errors? CIFAR-10 with CIFAR-10N's human labels, and with a tenth flipped at random.
 
-    UPWEIGHT_DATA=FOLDER python benchmarks/label_noise.py [--noise worse aggregate flips memorised] [--bank FOLDER]
+    UPWEIGHT_DATA=FOLDER python benchmarks/label_noise.py [--noise worse aggregate flips memorised] [--seeds 0 1 2]
 
 A small convolutional network (`_cifar10n.py`) is trained on 10,000 images with the noisy labels; checkpoints are kept.
-Every detector ranks the labels; AUROC, average precision and recall are against the true labels, with 95 %
-bootstrap intervals over images. Out-of-fold probabilities (confident learning) are of 3 more networks, each trained on
+Every detector ranks the labels; average precision, AUROC and the recall among the first tenth and among as many as are
+wrong are against the true labels: of one seed with a 95 % bootstrap interval over images, of several as their mean with
+the least and the greatest. Out-of-fold probabilities (confident learning) are of 3 more networks, each trained on
 two thirds. "memorised" is "worse" with a weight decay of 5e-4, with which most wrong labels are learnt by heart.
 
 Choices were made beforehand: "early" is the checkpoint after 7 of 20 epochs, EL2N takes those up to epoch 3, TracIn and
@@ -38,6 +39,8 @@ KEPT = (1, 2, 3, 5, 7, 10, 14, 20)
 EARLY, EL2N_UP_TO = 7, 3
 FOLDS = 3
 TRUSTED = 1000
+INSPECTED = 0.1
+"""Share of the images after which recall is given, beside the noise rate."""
 PRECISIONS = (0.5, 0.8, 0.9)
 SETTINGS = {
     "worse": ("worse", DECAY),
@@ -205,7 +208,8 @@ def scored(
 def table(found: dict[str, dict[str, Any]], wrong: np.ndarray) -> list[dict[str, Any]]:
     rows = []
     for name, one in found.items():
-        result = uw.label_noise(one["values"], wrong, resamples=1000)
+        inspect = [int(INSPECTED * len(wrong)), int(wrong.sum())]
+        result = uw.label_noise(one["values"], wrong, inspect=inspect, resamples=1000)
         rows.append(
             {
                 "detector": name,
@@ -216,10 +220,32 @@ def table(found: dict[str, dict[str, Any]], wrong: np.ndarray) -> list[dict[str,
                     result.average_precision.low,
                     result.average_precision.high,
                 ],
-                "recall_at_noise": result.recall[int(wrong.sum())].value,
+                "recall": [result.recall[k].value for k in inspect],
                 "seconds": one["seconds"],
             }
         )
+    return sorted(rows, key=lambda row: -row["average_precision"][0])
+
+
+def over_seeds(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The mean over seeds of every figure; brackets hold the least and the greatest."""
+    by_name = [{row["detector"]: row for row in rows} for rows in tables]
+
+    def spread(name: str, figure: str) -> list[float]:
+        values = [rows[name][figure][0] for rows in by_name]
+        return [float(np.mean(values)), min(values), max(values)]
+
+    rows = [
+        {
+            "detector": name,
+            "kind": row["kind"],
+            "auroc": spread(name, "auroc"),
+            "average_precision": spread(name, "average_precision"),
+            "recall": np.mean([rows[name]["recall"] for rows in by_name], 0).tolist(),
+            "seconds": float(np.mean([rows[name]["seconds"] for rows in by_name])),
+        }
+        for name, row in by_name[0].items()
+    ]
     return sorted(rows, key=lambda row: -row["average_precision"][0])
 
 
@@ -265,20 +291,25 @@ def markdown(noise: str, facts: dict[str, Any]) -> str:
     def three(v: list[float]) -> str:
         return f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]"
 
+    tenth, rate = f"{INSPECTED:.0%}", f"{facts['noise']:.0%}"
     lines = [
         f"\n### {noise}: {facts['noise']:.1%} of {facts['n']:,} labels wrong\n",
-        f"Test accuracy {facts['test_accuracy']:.1%}; the network agrees with {facts['given_fitted']:.1%} of the given "
-        f"labels, with {facts['wrong_fitted']:.1%} of the wrong ones.\n",
-        "| detector | average precision | AUROC | recall at the noise rate | CPU s |",
-        "|---|---|---|---|---|",
+        *(
+            f"Seed {run['seed']}: test accuracy {run['test_accuracy']:.1%}; the network agrees with "
+            f"{run['given_fitted']:.1%} of the given labels, with {run['wrong_fitted']:.1%} of the wrong ones."
+            for run in facts["runs"]
+        ),
+        f"\n| detector | average precision | AUROC | recall at {tenth} | at {rate} | CPU s |",
+        "|---|---|---|---|---|---|",
     ]
     for row in facts["rows"]:
         name = f"**{row['detector']}**" if row["kind"] == "influence" else row["detector"]
         lines.append(
-            f"| {name} | {three(row['average_precision'])} | {three(row['auroc'])} | {row['recall_at_noise']:.3f} | "
-            f"{row['seconds']:.1f} |"
+            f"| {name} | {three(row['average_precision'])} | {three(row['auroc'])} | {row['recall'][0]:.3f} | "
+            f"{row['recall'][1]:.3f} | {row['seconds']:.1f} |"
         )
     lines += [
+        f"\nSeed {facts['runs'][0]['seed']}:",
         "\n| threshold by | detector | wanted precision | flagged | real precision | recall | suggestions right |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -293,11 +324,32 @@ def markdown(noise: str, facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measured(noise: str, images: Noisy, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One trained network: how well it learned, and every detector's figures."""
+    run = trained(noise, images, seed, arguments.bank)
+    folds = "confident learning" not in arguments.skip
+    probabilities, fold_seconds = out_of_fold(noise, images, seed, arguments.bank) if folds else (None, 0.0)
+    folder = arguments.bank / f"scores-{noise}-{arguments.n}-{seed}"
+    found = scored(noise, images, run, probabilities, folder, arguments.only, arguments.skip)
+    for name in ("confident learning", "margin + kNN + AUM + confident learning (mean rank)"):
+        if name in found:
+            found[name]["seconds"] += fold_seconds
+    wrong = images.wrong
+    return {
+        "seed": seed,
+        "test_accuracy": accuracy(run[0], *test_data()),
+        "given_fitted": accuracy(run[0], images.x, images.given),
+        "wrong_fitted": accuracy(run[0], images.x[wrong], images.given[wrong]),
+        "rows": table(found, wrong.numpy()),
+        "thresholds": thresholds(found, images, run, probabilities) if seed == arguments.seeds[0] else [],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--noise", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--n", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of trained networks")
     parser.add_argument("--bank", type=Path, default=Path("runs/banks/cifar10n"))
     parser.add_argument("--skip", nargs="+", default=[], metavar="DETECTOR", help="do not score these")
     parser.add_argument("--only", nargs="+", metavar="DETECTOR", help="score only these, beside what is kept")
@@ -305,30 +357,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.bank.mkdir(parents=True, exist_ok=True)
-    x, y = test_data()
     facts: dict[str, Any] = {}
     for noise in arguments.noise:
         images = data(SETTINGS[noise][0], arguments.n)
-        run = trained(noise, images, arguments.seed, arguments.bank)
-        folds = "confident learning" not in arguments.skip
-        probabilities, fold_seconds = (
-            out_of_fold(noise, images, arguments.seed, arguments.bank) if folds else (None, 0.0)
-        )
-        folder = arguments.bank / f"scores-{noise}-{arguments.n}-{arguments.seed}"
-        found = scored(noise, images, run, probabilities, folder, arguments.only, arguments.skip)
-        for name in ("confident learning", "margin + kNN + AUM + confident learning (mean rank)"):
-            if name in found:
-                found[name]["seconds"] += fold_seconds
-        wrong = images.wrong
+        runs = [measured(noise, images, seed, arguments) for seed in arguments.seeds]
+        tables = [run["rows"] for run in runs]
         facts[noise] = {
             "n": arguments.n,
-            "noise": float(wrong.float().mean()),
-            "recipe": {"epochs": EPOCHS, "decay": SETTINGS[noise][1], "seed": arguments.seed},
-            "test_accuracy": accuracy(run[0], x, y),
-            "given_fitted": accuracy(run[0], images.x, images.given),
-            "wrong_fitted": accuracy(run[0], images.x[wrong], images.given[wrong]),
-            "rows": table(found, wrong.numpy()),
-            "thresholds": thresholds(found, images, run, probabilities),
+            "noise": float(images.wrong.float().mean()),
+            "recipe": {"epochs": EPOCHS, "decay": SETTINGS[noise][1]},
+            "runs": runs,
+            "rows": over_seeds(tables) if len(tables) > 1 else tables[0],
+            "thresholds": runs[0]["thresholds"],
         }
         print(markdown(noise, facts[noise]), flush=True)
         if arguments.json:

@@ -168,16 +168,17 @@ def test_each_layer_has_its_own_damping():
     model, train, query = case.build(), case.data(N, 1), case.data(QUERIES, 2)
     layers = recorded(case, model, train, "exact")
     means = {name: float(oracle.dense_ekfac(layer).diagonal().mean()) for name, layer in layers.items()}
-    shares = {name: 0.02 * float(oracle.dense_ekfac(layer).trace()) / N for name, layer in layers.items()}
+    shares = {name: float(oracle.dense_ekfac(layer).trace()) / N for name, layer in layers.items()}
+    auto = {name: max(0.02 * shares[name], 0.1 * means[name]) for name in layers}
     rules = {
-        "auto": shares,
+        "auto": auto,
         "0.1 mean": {name: 0.1 * mean for name, mean in means.items()},
-        "3 example": {name: 150 * share for name, share in shares.items()},
+        "3 example": {name: 3 * share for name, share in shares.items()},
         0.02: dict.fromkeys(layers, 0.02),
     }
     rules_as_dicts = [
         ({"0": 0.5, "*": 0.01}, {"0": 0.5, "2": 0.01}),
-        ({"2": 0.3}, {"0": shares["0"], "2": 0.3}),
+        ({"2": 0.3}, {"0": auto["0"], "2": 0.3}),
         (Damping(0.7, relative=True), {name: 0.7 * mean for name, mean in means.items()}),
     ]
     V = oracle.layer_gradients(case.loss, model, query, layers)

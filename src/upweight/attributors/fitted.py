@@ -267,6 +267,7 @@ def _note_spectrum(
 ) -> None:
     """What an automatic damping needs to know, unless a cached curvature brought it along."""
     info = curvature.info
+    info.setdefault("examples", examples.n)
     if "without_effect" not in info:
         doubtful = suspects(curvature.spectra(), torch.finfo(tracker.computes).eps)
         info["without_effect"] = without_effect(tracker, examples, doubtful)

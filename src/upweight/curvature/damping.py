@@ -5,10 +5,10 @@ large damping tends to plain gradient inner products. A number is the same absol
 the result one ``(H + damping I)^-1``. ``"auto"`` is
 
 * for structured curvatures a fiftieth of what one training example adds to a layer's curvature in the mean,
-  ``trace(H_l) / n``. A direction in which a single example has its gradient, and no other, then counts for what it is,
-  and one to which all examples together contribute less than that is left out. The usual tenth of the mean eigenvalue,
-  ``trace(H_l) / p_l``, depends on how many more parameters than examples there are instead (p_l / n is .02 to 65 for
-  the layers of the benchmarks): see benchmarks/lds/damping.py. Of a single layer, where they are nearly exact, it is no
+  ``trace(H_l) / n``, and no less than the usual tenth of its mean eigenvalue, ``trace(H_l) / p_l``. The tenth falls as
+  a layer has more parameters than examples, for it counts directions of which no example says anything; with five
+  times as many the fiftieth takes over. (Less would often do with fewer, but float32's rounding shows then.)
+  Source: benchmarks/lds/damping_rules.py. Of a single layer, where they are nearly exact, it is also no
   less than the regulariser that its weights betray (see `upweight.curvature.implicit_l2`);
 * for exact ones the damping whose steps lower the real objective the most (see `upweight.curvature.auto_damping`), or
   that of the evidence (`upweight.curvature.evidence_damping`).
@@ -29,6 +29,8 @@ AUTO_FRACTION = 0.02
 SUSPECT = 64
 """A layer is looked at whose gradients, beside the largest layer's, are below this many times a number's precision."""
 _RELATIVE = re.compile(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(mean|top|example)\s*")
+LEAST_FRACTION = 0.1
+"""Of the mean eigenvalue, what an automatic damping is at least: with .03, rounding moves float32 scores by 2e-5."""
 _UNITS = {"mean": "the mean eigenvalue", "top": "the largest eigenvalue", "example": "an example's share"}
 
 
@@ -48,8 +50,12 @@ class Spectrum:
 
 
 def largest(spectra: Mapping[str, Spectrum]) -> Spectrum:
-    """Of the layer with the largest mean."""
-    return max(spectra.values(), key=lambda found: found.mean, default=Spectrum(0.0))
+    """The largest of every kind, over all layers."""
+
+    def of(kind: str) -> float | None:
+        return max((v for v in (getattr(s, kind) for s in spectra.values()) if v is not None), default=None)
+
+    return Spectrum(of("mean") or 0.0, of("top"), of("example"))
 
 
 def suspects(spectra: Mapping[str, Spectrum], precision: float) -> list[str]:
@@ -76,8 +82,8 @@ class Damping:
         auto: chosen by a criterion where the curvature has one; `value` and `relative` are the rule elsewhere.
 
     Example:
-        >>> Damping.of("auto").resolve("fc1", Spectrum(mean=0.5, example=2.0))
-        0.04
+        >>> Damping.of("auto").resolve("fc1", Spectrum(mean=0.5, example=10.0))
+        0.2
         >>> Damping.of({"fc1": 0.3, "*": 1e-3}).resolve("fc2", Spectrum(mean=0.5))
         0.001
         >>> Damping.of("0.01 top").resolve("fc1", Spectrum(mean=0.5, top=20.0))
@@ -150,7 +156,7 @@ class Damping:
             )
         # A layer without any curvature has no gradient either: any damping gives its zero scores.
         found = self.value * scale if scale > 0 else 1.0
-        return max(found, least) if self.auto else found
+        return max(found, LEAST_FRACTION * spectrum.mean, least) if self.auto else found
 
     def by_layer(
         self, spectra: Mapping[str, Spectrum], rounding: Collection[str] = (), least: float = 0.0
