@@ -3,9 +3,8 @@
     UPWEIGHT_DATA=FOLDER python benchmarks/lds/damping_rules.py digits|concrete|parkinsons|fashion|mnist-mlp [--bank F]
 
 "mean" is a multiple of each layer's mean eigenvalue, ``trace(H_l) / p_l``; "example" one of what an example adds to the
-layer's trace in the mean, ``trace(H_l) / n``; "auto" the larger of .1 mean and .02 example; a number is the same damping
-for all layers. The first model of each
-recipe; the bank must have been trained by the recipe's own script. `damping="auto"` of structured curvatures was
+layer's trace in the mean, ``trace(H_l) / n``; "auto" the larger of .1 mean and .02 example; a number is the damping of
+all layers. The first model of each recipe; the bank must have been trained by the recipe's own script. The .02 was
 chosen on the queries with even numbers of the first four, before MNIST's MLP was looked at.
 """
 
