@@ -137,9 +137,15 @@ def test_every_attributor_obeys_the_laws(name):
 
 def test_attributors_that_fit_themselves_to_the_data_obey_the_other_laws():
     """Automatic damping depends on the data's size; LiSSA stops at a residual of one in a thousand."""
-    auto = check_attributor(influence("ggn", damping="auto"), skip=("weight",))
+    auto = check_attributor(influence("ggn", damping="auto"))
     lissa = check_attributor(influence("ggn", solver="lissa"), skip=("damping limit",))
-    assert auto.passed and lissa.passed
+    wide = nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 3)).double().eval()
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    many = check_attributor(
+        influence("ekfac", damping="auto"), (x, y), (x[:3] + 1, y[:3]), model=wide, task=uw.Classification()
+    )
+    assert auto.passed and lissa.passed and many.passed
+    assert "counts the examples" in many["weight"].detail
 
 
 @pytest.mark.parametrize("name", ["Influence, K-FAC", "GradDot", "TracIn", "Ensemble, EK-FAC", "Representer"])

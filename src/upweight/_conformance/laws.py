@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from upweight._random import preserved, reseed
 from upweight._trees import batch_length, map_tensors
 from upweight.data import Examples
 from upweight.errors import UpweightError
+from upweight.scores import Scores
 
 HUGE = 1e8
 """Damping that leaves nothing of the curvature, relative to the mean squared gradient."""
@@ -157,12 +159,22 @@ def weight(problem: Problem) -> Measured:
         raise Inapplicable("the unit is None: the size of scores means nothing")
     if first.info.get("correction") is not None:
         raise Inapplicable("the scores are corrected for each example's own leverage, which is halved too")
-    found = problem.values(train=join(problem.train, problem.train))
+    train = join(problem.train, problem.train)
+    twice = problem.scores(train)
+    if not _as_damped(first, twice):
+        raise Inapplicable("the damping counts the examples, and is another one for twice as many")
+    found = checked(twice, len(first.query_ids), batch_length(train))
     half = first.values.double() / 2
     return worst(
         close(found[:, : problem.n], half, "scores of the first copies", problem.tolerance),
         close(found[:, problem.n :], half, "scores of the second copies", problem.tolerance),
     )
+
+
+def _as_damped(one: Scores, other: Scores) -> bool:
+    """Whether both say the same damping for every layer, up to rounding, or say nothing of it."""
+    a, b = (scores.info.get("layer_damping") or {} for scores in (one, other))
+    return a.keys() == b.keys() and all(math.isclose(a[name], b[name], rel_tol=1e-3) for name in a)
 
 
 def frozen(problem: Problem) -> Measured:
