@@ -140,7 +140,8 @@ def test_attributors_that_fit_themselves_to_the_data_obey_the_other_laws():
     auto = check_attributor(influence("ggn", damping="auto"))
     lissa = check_attributor(influence("ggn", solver="lissa"), skip=("damping limit",))
     wide = nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 3)).double().eval()
-    x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(8) % 3
     many = check_attributor(
         influence("ekfac", damping="auto"), (x, y), (x[:3] + 1, y[:3]), model=wide, task=uw.Classification()
     )
