@@ -19,6 +19,7 @@ from curvature_cases import (
 from curvature_oracles import relative
 from torch import Tensor, nn
 
+import upweight as uw
 from upweight.curvature import Damping
 
 
@@ -161,6 +162,20 @@ def test_cut_into_the_smallest_tiles_nothing_changes(case: Case, curvature: str,
 
 
 # Damping -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal"])
+def test_an_automatic_damping_counts_examples_in_kronecker_layers_alone(curvature):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 5), nn.Flatten(), nn.Linear(10, 30), nn.Tanh(), nn.Linear(30, 3))
+    data = torch.randint(0, 40, (6, 2)), torch.arange(6) % 3
+    method = uw.Influence(model, uw.Classification(), curvature=curvature, progress=False).fit(data)
+    values = {name: layer.eigenvalues for name, layer in method._fitted.curvature.layers.items()}
+    tenth = {name: 0.1 * float(v.mean()) for name, v in values.items()}
+    fiftieth = {name: 0.02 * float(v.sum()) / 6 for name, v in values.items()}
+    assert all(fiftieth[name] > tenth[name] for name in ("0", "2", "4"))
+    expected = tenth if curvature == "diagonal" else {**fiftieth, "0": tenth["0"]}
+    assert method.attribute(data).info["layer_damping"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_each_layer_has_its_own_damping():

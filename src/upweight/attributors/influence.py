@@ -60,8 +60,8 @@ class Influence(TrainingSetChanges):
         task: its training loss and what is asked of queries.
         curvature: ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"``; or exact over all tracked parameters:
             ``"ggn"`` (the Gauss-Newton matrix) and ``"hessian"``; or ``"datainf"`` (layer by layer, ranks only).
-        damping: ``"auto"`` (a fiftieth of what one training example adds to each layer's curvature, at least a tenth of
-            its mean eigenvalue, see `upweight.curvature.damping`; for exact curvatures the damping
+        damping: ``"auto"`` (a tenth of each layer's mean eigenvalue, of a Kronecker layer at least a fiftieth of what
+            one training example adds to it, see `upweight.curvature.damping`; for exact curvatures the damping
             whose steps fit the real loss best, see `upweight.curvature.auto_damping`, or the evidence's for sampled
             and empirical Fisher, see `upweight.curvature.evidence_damping`), a number for all layers,
             ``"0.1 mean"`` or ``"0.01 top"`` (eigenvalue), ``{layer: any of these}``, or a `Damping`.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from upweight.curvature.damping import Damping, Spectrum
+from upweight.curvature.damping import LEAST_FRACTION, Damping, Spectrum
 from upweight.curvature.operators import Diagonal, Full, Identity, Kronecker, LayerCurvature
 from upweight.errors import UpweightError
 from upweight.gradients.blocks import Eigenbasis
@@ -30,9 +30,14 @@ class Curvature:
     info: dict[str, Any] = field(default_factory=dict)
 
     def damping(self, damping: Damping) -> dict[str, float]:
-        """The damping of every layer, from its raw eigenvalues."""
+        """The damping of every layer, from its raw eigenvalues. Only Kronecker layers count examples."""
         rounding, least = self.info.get("without_effect", ()), self.info.get("implicit_l2", 0.0)
-        return damping.by_layer(self.spectra(), rounding, least)
+        plain = damping.instead_of_auto(LEAST_FRACTION, "mean")
+        counting, plain = (d.by_layer(self.spectra(), rounding, least) for d in (damping, plain))
+        return {
+            name: (counting if isinstance(layer, Kronecker) else plain)[name]
+            for name, layer in self.layers.items()
+        }
 
     def spectra(self) -> dict[str, Spectrum]:
         """The raw spectrum of every layer."""

@@ -4,10 +4,10 @@ Small damping trusts the curvature in directions that the training data hardly d
 large damping tends to plain gradient inner products. A number is the same absolute damping for all layers, which makes
 the result one ``(H + damping I)^-1``. ``"auto"`` is
 
-* for structured curvatures a fiftieth of what one training example adds to a layer's curvature in the mean,
-  ``trace(H_l) / n``, and no less than the usual tenth of its mean eigenvalue, ``trace(H_l) / p_l``. The tenth falls as
-  a layer has more parameters than examples, for it counts directions of which no example says anything; with five
-  times as many the fiftieth takes over. (Less would often do with fewer, but float32's rounding shows then.)
+* for structured curvatures the usual tenth of a layer's mean eigenvalue, ``trace(H_l) / p_l``, and of a Kronecker
+  layer no less than a fiftieth of what one training example adds to its trace in the mean, ``trace(H_l) / n``. The
+  tenth falls as a layer has more parameters than examples, for it counts directions of which no example says anything;
+  with five times as many the fiftieth takes over. (Less would often do with fewer, but float32's rounding shows then.)
   Source: benchmarks/lds/damping_rules.py. Of a single layer, where they are nearly exact, it is also no
   less than the regulariser that its weights betray (see `upweight.curvature.implicit_l2`);
 * for exact ones the damping whose steps lower the real objective the most (see `upweight.curvature.auto_damping`), or

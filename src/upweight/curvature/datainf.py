@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from upweight.curvature.columns import combined
-from upweight.curvature.damping import Damping, Spectrum
+from upweight.curvature.damping import LEAST_FRACTION, Damping, Spectrum
 from upweight.errors import UpweightError
 from upweight.gradients import Gradients
 from upweight.gradients.blocks import Dense
@@ -29,8 +29,6 @@ from upweight.passes import Kept, Pass
 
 if TYPE_CHECKING:
     from upweight.gradients.gradients import Transposed
-
-PAPERS_FRACTION = 0.1
 
 
 @dataclass
@@ -66,7 +64,7 @@ class DataInfCurvature:
 
     def damping(self, damping: Damping) -> dict[str, float]:
         """The damping of every layer; an automatic one is the paper's."""
-        damping = damping.instead_of_auto(PAPERS_FRACTION, "mean")
+        damping = damping.instead_of_auto(LEAST_FRACTION, "mean")
         return damping.by_layer(self.spectra(), self.info.get("without_effect", ()))
 
     def spectra(self) -> dict[str, Spectrum]:
