@@ -177,6 +177,8 @@ class Damping:
 
     def describe(self) -> float | str:
         """The rule in words, or the number."""
+        if self.auto:
+            return "auto"
         if not self.relative:
             return self.value
         return f"{self.value:g} x {_UNITS[str(self.relative)]}"

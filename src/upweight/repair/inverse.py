@@ -32,8 +32,6 @@ from upweight.repair.options import Settings
 from upweight.repair.vectors import Vector, scaled
 from upweight.task import OutputTask, Task
 
-STEPS_FRACTION = 0.1
-"""Of the mean eigenvalue: the automatic damping that benchmarks/repair_labels.py and unlearning.py measured."""
 DENSE_UP_TO = 1000
 """Parameters up to which one solution is soonest had from a dense matrix."""
 
@@ -64,7 +62,7 @@ class Inverse:
             model,
             task,
             curvature=self.curvature,
-            damping=self._over_share(self._of_steps(Damping.of(settings.damping))),
+            damping=self._over_share(Damping.of(settings.damping)),
             solver=settings.solver or default_solver(self.curvature, model, settings.parameters),
             preconditioner=settings.preconditioner,
             l2=divided(settings.l2, self.share) if exact else 0.0,
@@ -124,10 +122,6 @@ class Inverse:
         return Damping.of(
             {name: factor * value + self._l2[name] / self.share for name, value in found.items()}
         )
-
-    def _of_steps(self, damping: Damping) -> Damping:
-        """An automatic damping of a structured curvature is that of its steps, whose length counts, not their rank."""
-        return damping if self.curvature in EXACT_KINDS else damping.instead_of_auto(STEPS_FRACTION, "mean")
 
     def _over_share(self, damping: Damping) -> Damping:
         """A number is divided by s; a fraction of an eigenvalue scales by itself."""

@@ -32,8 +32,7 @@ class Options(TypedDict, total=False):
       ``"last_layer"`` (only the last linear layer, to its exact minimum).
     * ``curvature``, ``damping``, ``solver``, ``preconditioner`` (none, unless told so: it seldom pays for one
       right-hand side), ``fisher``, ``draws``, ``parameters``, ``memory``, ``batch_size``,
-      ``seed``, ``progress``: as in `Influence`, but that a structured curvature's automatic damping is
-      ``"0.1 mean"``. With `parameters` of an `nn.Sequential`'s later layers alone, what goes
+      ``seed``, ``progress``: as in `Influence`. With `parameters` of an `nn.Sequential`'s later layers alone, what goes
       into them is computed once. ``curvature=None`` is ``"ggn"`` up to 6,000 parameters and
       ``"ekfac"`` beyond, with ``"newton"`` and the like.
     * ``l2``: the regulariser ``(1/2) sum_j l2_j theta_j^2`` of the training objective (weight decay): one coefficient,
