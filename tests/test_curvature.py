@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import upweight as uw
 from upweight.curvature import Damping
+from upweight.curvature.damping import Spectrum
 
 
 @pytest.mark.parametrize("fisher", FISHERS)
@@ -176,6 +177,18 @@ def test_an_automatic_damping_counts_examples_in_kronecker_layers_alone(curvatur
     assert all(fiftieth[name] > tenth[name] for name in ("0", "2", "4"))
     expected = tenth if curvature == "diagonal" else {**fiftieth, "0": tenth["0"]}
     assert method.attribute(data).info["layer_damping"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_damping_relative_to_what_is_not_known_is_refused():
+    for damping, said in (
+        ("auto", "an example's share"),
+        ("2 example", "an example's share"),
+        ("1 top", "the largest"),
+    ):
+        with pytest.raises(uw.UpweightError, match=f"{said}.* is not known here -> '0.1 mean' or a number"):
+            Damping.of(damping).resolve("0", Spectrum(1.0))
+    with pytest.raises(uw.UpweightError, match="expected 'mean' or 'top'"):
+        Damping(1.0, relative="bottom")
 
 
 def test_each_layer_has_its_own_damping():

@@ -32,10 +32,10 @@ class Curvature:
     def damping(self, damping: Damping) -> dict[str, float]:
         """The damping of every layer, from its raw eigenvalues. Only Kronecker layers count examples."""
         rounding, least = self.info.get("without_effect", ()), self.info.get("implicit_l2", 0.0)
-        plain = damping.instead_of_auto(LEAST_FRACTION, "mean")
-        counting, plain = (d.by_layer(self.spectra(), rounding, least) for d in (damping, plain))
+        spectra, plain = self.spectra(), damping.instead_of_auto(LEAST_FRACTION, "mean")
+        counting, others = (rule.by_layer(spectra, rounding, least) for rule in (damping, plain))
         return {
-            name: (counting if isinstance(layer, Kronecker) else plain)[name]
+            name: (counting if isinstance(layer, Kronecker) else others)[name]
             for name, layer in self.layers.items()
         }
 
