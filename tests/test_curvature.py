@@ -180,7 +180,8 @@ def test_an_automatic_damping_counts_examples_in_kronecker_layers_alone(curvatur
 
 
 def test_a_damping_relative_to_what_is_not_known_is_refused():
-    for damping, said in (
+    share = "an example's share"
+    for damping, said in (("auto", share), ("2 example", share), ("1 top", "the largest")):
         ("auto", "an example's share"),
         ("2 example", "an example's share"),
         ("1 top", "the largest"),
