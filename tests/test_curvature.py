@@ -180,13 +180,9 @@ def test_an_automatic_damping_counts_examples_in_kronecker_layers_alone(curvatur
 
 
 def test_a_damping_relative_to_what_is_not_known_is_refused():
-    share = "an example's share"
-    for damping, said in (("auto", share), ("2 example", share), ("1 top", "the largest")):
-        ("auto", "an example's share"),
-        ("2 example", "an example's share"),
-        ("1 top", "the largest"),
-    ):
-        with pytest.raises(uw.UpweightError, match=f"{said}.* is not known here -> '0.1 mean' or a number"):
+    share, top = "an example's share", "the largest eigenvalue"
+    for damping, what in (("auto", share), ("2 example", share), ("1 top", top)):
+        with pytest.raises(uw.UpweightError, match=f"{what} is not known here -> '0.1 mean' or a number"):
             Damping.of(damping).resolve("0", Spectrum(1.0))
     with pytest.raises(uw.UpweightError, match="expected 'mean' or 'top'"):
         Damping(1.0, relative="bottom")
