@@ -27,7 +27,7 @@ import upweight as uw
 LR: dict[str, Any] = {"rate": 0.01, "momentum": 0.0, "decay": 0.0, "batch": 64, "epochs": 20}
 MLP: dict[str, Any] = {"rate": 0.01, "momentum": 0.9, "decay": 0.0, "batch": 64, "epochs": 50}
 LR_GGN = {"GGN, CG": influence("ggn", dampings=(1e-3, 1e-2, 1e-1), solver="cg")}
-MLP_GGN = {"GGN, CG": influence("ggn", dampings=(1e-4, 1e-3, 1e-2), solver="cg")}
+MLP_GGN = {"GGN, CG": influence("ggn", dampings=(1e-2, 3e-2, 1e-1), solver="cg")}
 
 
 def data() -> tuple[Data, Data]:
