@@ -228,7 +228,7 @@ def table(found: dict[str, dict[str, Any]], wrong: np.ndarray) -> list[dict[str,
 
 
 def over_seeds(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The mean over seeds of every figure; brackets hold the least and the greatest."""
+    """The mean over seeds of every figure, of detectors scored with all of them; brackets: least and greatest."""
     by_name = [{row["detector"]: row for row in rows} for rows in tables]
 
     def spread(name: str, figure: str) -> list[float]:
@@ -245,6 +245,7 @@ def over_seeds(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             "seconds": float(np.mean([rows[name]["seconds"] for rows in by_name])),
         }
         for name, row in by_name[0].items()
+        if all(name in rows for rows in by_name)
     ]
     return sorted(rows, key=lambda row: -row["average_precision"][0])
 

@@ -10,12 +10,8 @@ at the end, and how far the best damped Gauss-Newton step on random halves of th
 
 from __future__ import annotations
 
-import argparse
-import importlib
-from pathlib import Path
-
 import numpy as np
-import torch
+from _banks import opened, parser_for
 from _methods import as_array
 from _suite import FIRST_SEED, Setting
 
@@ -25,8 +21,8 @@ from upweight.curvature.exact import ExactCurvature
 from upweight.evaluate import Outcomes, lds
 from upweight.gradients import Tracker
 
-BANKS = {"fashion": (100, 5, 20), "digits": (50, 3, 300)}
-"""Subsets, seeds, and epochs (or steps) of the run."""
+LENGTHS = {"fashion": 20, "digits": 300}
+"""Epochs (or steps) of the run."""
 CHECKPOINTS = 20
 
 
@@ -67,18 +63,11 @@ def at_the_end(setting: Setting) -> None:
 
 def main() -> None:
     """Parse the command line, run, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("setting", choices=list(BANKS))
-    parser.add_argument("--bank", type=Path, help="runs/banks/SETTING if not given")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    count, seeds, length = BANKS[arguments.setting]
-    setting = importlib.import_module(arguments.setting).SETTING
-    bank = setting.open_bank(arguments.bank or Path("runs/banks") / arguments.setting, count, seeds)
+    arguments = parser_for(LENGTHS, __doc__).parse_args()
+    setting, outcomes = opened(arguments.setting, arguments.bank)
+    length = LENGTHS[arguments.setting]
     ends = [length * k // CHECKPOINTS for k in range(1, CHECKPOINTS + 1)]
-    along(setting, ends, bank.outcomes("test"))
+    along(setting, ends, outcomes)
     at_the_end(setting)
 
 

@@ -10,25 +10,13 @@ chosen on the queries with even numbers of the first four, before MNIST's MLP wa
 
 from __future__ import annotations
 
-import argparse
-import importlib
-from pathlib import Path
-
-import torch
+from _banks import BANKS, opened, parser_for
 from _methods import as_array
-from _suite import Setting, split
+from _suite import split
 
 import upweight as uw
 from upweight.evaluate import lds
 
-RECIPES = {
-    "digits": ("digits", 50, 3),
-    "concrete": ("tabular", 100, 5),
-    "parkinsons": ("tabular", 100, 5),
-    "fashion": ("fashion", 100, 5),
-    "mnist-mlp": ("mnist", 100, 1),
-}
-"""Module, and the subsets and seeds of its bank."""
 TRIED: list[str | float] = [
     "auto",
     *(f"{number} mean" for number in (0.01, 0.03, 0.1, 0.3, 1)),
@@ -38,27 +26,17 @@ TRIED: list[str | float] = [
 CURVATURES = ("kfac", "ekfac")
 
 
-def recipe(name: str) -> tuple[Setting, int, int]:
-    """The setting of this name, and the size of its bank."""
-    module, count, seeds = RECIPES[name]
-    found = importlib.import_module(module)
-    return (found.SETTINGS[name] if hasattr(found, "SETTINGS") else found.SETTING), count, seeds
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = parser_for(BANKS, __doc__)
+    parser.add_argument(
+        "--fisher", default="auto", help="exact, sampled (four labels an example) or empirical"
     )
-    parser.add_argument("setting", choices=list(RECIPES))
-    parser.add_argument("--bank", type=Path, help="runs/banks/SETTING if not given")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    setting, count, seeds = recipe(arguments.setting)
-    bank = setting.open_bank(arguments.bank or Path("runs/banks") / arguments.setting, count, seeds)
-    outcomes = bank.outcomes("test")
+    setting, outcomes = opened(arguments.setting, arguments.bank)
     run, parts = setting.explained(0), split(outcomes)
+    options = {"fisher": arguments.fisher, "progress": False}
     for curvature in CURVATURES:
-        method = uw.Influence(run.model, run.task, curvature=curvature, progress=False).fit(run.train)
+        method = uw.Influence(run.model, run.task, curvature=curvature, **options).fit(run.train)
         for damping in TRIED:
             scores = as_array(method.with_damping(damping).attribute(run.query))
             even, odd = (
