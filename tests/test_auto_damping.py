@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor, nn
 
 import upweight as uw
 from upweight.curvature import auto_damping as module
-from upweight.curvature import evidence_damping as evidence_module
+from upweight.curvature import fisher_damping as fisher_module
 from upweight.curvature.auto_damping import auto_damping
-from upweight.curvature.evidence_damping import evidence_damping
 from upweight.curvature.exact import ExactCurvature
+from upweight.curvature.fisher_damping import fisher_damping
 from upweight.gradients import Tracker
 
 N, L2 = 60, 1e-3
@@ -105,9 +105,12 @@ def test_it_is_the_damping_of_the_lowest_objective(kind):
     assert gained > 0.98 * (found.before - best.fun)
 
 
-def test_it_does_not_depend_on_the_batch_size_or_the_memory():
+@pytest.mark.parametrize(
+    ("rule", "fisher"), [(auto_damping, "exact"), (fisher_damping, "sampled"), (fisher_damping, "empirical")]
+)
+def test_it_does_not_depend_on_the_batch_size(rule, fisher):
     model = trained().float()
-    numbers = {auto_damping(operator(model, batch_size=size)).value for size in (7, 16, 60)}
+    numbers = {rule(operator(model, batch_size=size, fisher=fisher)).value for size in (7, 16, 60)}
     assert len(numbers) == 1
 
 
@@ -155,12 +158,38 @@ def test_few_examples_and_no_gradient_give_a_positive_number(n):
 # Fisher matrices of sampled or given labels -------------------------------------------------------------------------
 
 
+def spectrum(H: ExactCurvature) -> Tensor:
+    return torch.linalg.eigvalsh(H.product(torch.eye(H.size, dtype=torch.float64))) - L2
+
+
 @pytest.mark.parametrize("fisher", ["sampled", "empirical"])
-def test_their_damping_is_that_of_the_highest_evidence(fisher: str, monkeypatch):
+def test_their_damping_leaves_so_many_directions_an_example(fisher: str, monkeypatch):
+    """Dense: df(damping) = tr F (F + (damping + l2) I)^-1 = .08 n. With 60 examples that is 4.8 of 27 directions."""
+    H = operator(trained(), fisher=fisher)
+    values = spectrum(H)
+
+    def degrees(damping: float) -> float:
+        return float((values / (values + damping + L2)).sum())
+
+    assert degrees(1e-3 * L2) > 0.08 * N
+    best = math.exp(brentq(lambda log: degrees(math.exp(log)) - 0.08 * N, -16, 4))
+    estimated = fisher_damping(H)  # by stochastic quadrature
+    assert 0.5 * best < estimated.value < 2 * best
+    assert estimated.effective_dimension == pytest.approx(0.08 * N, rel=0.05)
+    method = uw.Influence(trained(), uw.Classification(), curvature="ggn", fisher=fisher, l2=L2, draws=4)
+    info = method.fit(data()).attribute(data()).info
+    assert info["damping"] == estimated.value and info["auto_damping"]["criterion"].endswith("0.08 n")
+    monkeypatch.setattr(fisher_module, "lanczos_quadrature", lambda _: (values + L2, torch.ones_like(values)))
+    assert fisher_damping(H).value == float(f"{best:.1e}")
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_without_so_many_directions_it_is_that_of_the_highest_evidence(fisher: str, monkeypatch):
     """The marginal likelihood of the trained weights under N(0, 1 / (n (damping + l2))), maximised densely."""
+    monkeypatch.setattr(fisher_module, "DIRECTIONS", 0.5)  # 30 of 27
     model = trained()
     H = operator(model, fisher=fisher)
-    values = torch.linalg.eigvalsh(H.product(torch.eye(H.size, dtype=torch.float64))) - L2
+    values = spectrum(H)
     squared = sum(float(p.detach().square().sum()) for p in model.parameters())
 
     def minus_evidence(log_precision: float) -> float:
@@ -172,21 +201,29 @@ def test_their_damping_is_that_of_the_highest_evidence(fisher: str, monkeypatch)
     best = math.exp(
         minimize_scalar(minus_evidence, bounds=(-16, 4), method="bounded", options={"xatol": 1e-9}).x
     )
-    estimated = evidence_damping(H).value  # by stochastic quadrature
-    monkeypatch.setattr(
-        evidence_module, "lanczos_quadrature", lambda _: (values + L2, torch.ones_like(values))
-    )
-    exact = evidence_damping(H).value
-    assert exact == float(f"{max(best - L2, 1e-3 * L2):.1e}")
-    assert 0.5 * exact < estimated < 2 * exact
-    monkeypatch.undo()
-    method = uw.Influence(model, uw.Classification(), curvature="ggn", fisher=fisher, l2=L2, draws=4)
-    info = method.fit(data()).attribute(data()).info
-    assert info["damping"] == estimated and "MacKay" in info["auto_damping"]["criterion"]
+    estimated = fisher_damping(H)  # by stochastic quadrature
+    monkeypatch.setattr(fisher_module, "lanczos_quadrature", lambda _: (values + L2, torch.ones_like(values)))
+    exact = fisher_damping(H)
+    assert exact.value == float(f"{max(best - L2, 1e-3 * L2):.1e}")
+    assert 0.5 * exact.value < estimated.value < 2 * exact.value
+    assert "MacKay" in exact.criterion
 
 
 def test_where_the_regulariser_is_enough_the_damping_is_next_to_nothing():
     model = trained()
     examples = uw.Examples(data())
     H = ExactCurvature(Tracker(model, uw.Classification(), examples), examples, l2=1.0, fisher="empirical")
-    assert evidence_damping(H).value == pytest.approx(1e-3)
+    assert fisher_damping(H).value == pytest.approx(1e-3)
+
+
+def test_weights_of_zero_have_a_finite_damping():
+    """No prior is too narrow for them: the evidence has no maximum."""
+    line = nn.Linear(4, 3).double().eval()
+    with torch.no_grad():
+        line.weight.zero_(), line.bias.zero_()
+    x, y = torch.randn(2000, 4, dtype=torch.float64), torch.arange(2000) % 3
+    examples = uw.Examples((x, y))
+    found = fisher_damping(
+        ExactCurvature(Tracker(line, uw.Classification(), examples), examples, fisher="empirical")
+    )
+    assert "MacKay" in found.criterion and 0 < found.value < 100

@@ -62,8 +62,8 @@ class Influence(TrainingSetChanges):
             ``"ggn"`` (the Gauss-Newton matrix) and ``"hessian"``; or ``"datainf"`` (layer by layer, ranks only).
         damping: ``"auto"`` (a tenth of each layer's mean eigenvalue, of a Kronecker layer at least a fiftieth of what
             one training example adds to it, see `upweight.curvature.damping`; for exact curvatures the damping
-            whose steps fit the real loss best, see `upweight.curvature.auto_damping`, or the evidence's for sampled
-            and empirical Fisher, see `upweight.curvature.evidence_damping`), a number for all layers,
+            whose steps fit the real loss best, see `upweight.curvature.auto_damping`, or, of a sampled or empirical
+            Fisher, .08 directions an example, see `upweight.curvature.fisher_damping`), a number for all layers,
             ``"0.1 mean"`` or ``"0.01 top"`` (eigenvalue), ``{layer: any of these}``, or a `Damping`.
         solver: for exact curvatures: ``"direct"``, ``"cg"``, ``"lissa"``, ``"arnoldi"``, ``"nystrom"``, ``"astra"``,
             ``"dual"``, or an object with `name` and `solve`; None for ``"direct"`` up to 6,000 parameters where the

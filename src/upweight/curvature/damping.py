@@ -10,8 +10,9 @@ the result one ``(H + damping I)^-1``. ``"auto"`` is
   with five times as many the fiftieth takes over. (Less would often do with fewer, but float32's rounding shows then.)
   Source: benchmarks/lds/damping_rules.py. Of a single layer, where they are nearly exact, it is also no
   less than the regulariser that its weights betray (see `upweight.curvature.implicit_l2`);
-* for exact ones the damping whose steps lower the real objective the most (see `upweight.curvature.auto_damping`), or
-  that of the evidence (`upweight.curvature.evidence_damping`).
+* for exact ones the damping whose steps lower the real objective the most (see `upweight.curvature.auto_damping`); for
+  a Fisher of sampled or given labels that of as many directions as its examples can tell
+  (`upweight.curvature.fisher_damping`).
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from upweight.budget import PANEL_SHARE
 from upweight.curvature.auto_damping import auto_damping
 from upweight.curvature.curvature import Curvature
 from upweight.curvature.damping import Damping, Spectrum
-from upweight.curvature.evidence_damping import evidence_damping
 from upweight.curvature.exact import ExactCurvature
+from upweight.curvature.fisher_damping import fisher_damping
 from upweight.curvature.krylov import top_eigenvalue, trace
 from upweight.curvature.solvers.base import Preconditioner, SolveInfo, Solver
 from upweight.curvature.solvers.direct import Direct
@@ -108,7 +108,7 @@ class SolvedCurvature:
     def _resolve(self, damping: Damping) -> float:
         if damping.auto:
             objective = self.operator.kind == "hessian" or self.operator.fisher == "exact"
-            found = auto_damping(self.operator) if objective else evidence_damping(self.operator)
+            found = auto_damping(self.operator) if objective else fisher_damping(self.operator)
             self.info["auto_damping"] = found.summary()
             return found.value
         if damping.relative == "top":
