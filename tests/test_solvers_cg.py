@@ -6,6 +6,7 @@ from operators import DenseInverse, DenseOperator, columns, relative, with_eigen
 from torch import Tensor
 
 from upweight.curvature.solvers import ConjugateGradient, Jacobi, Nystrom
+from upweight.errors import UpweightError
 
 FORMS = pytest.mark.parametrize("block", [True, False], ids=["block", "simultaneous"])
 
@@ -170,3 +171,19 @@ def test_a_residual_that_drifted_from_the_recurrence_is_taken_up_again(block: bo
     solution = ConjugateGradient(block=block, max_iter=2000).solve(operator, b, 1e-2)
     assert solution.info.converged and solution.info.notes["restarts"] >= 1
     assert relative(solution.value, operator.solve(b, 1e-2)) < 1e-4
+
+
+@pytest.mark.parametrize("queries", [20, 35, 60])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_directions_that_nearly_depend_have_no_negative_curvature(queries: int, preconditioned: bool):
+    """As many queries as parameters, nearly: what rounding leaves of a direction is divided by its length squared."""
+    values = torch.logspace(0, -6, 59, dtype=torch.float64) * torch.tensor([1.0, -0.3] * 29 + [1.0])
+    H = with_eigenvalues(values)
+    operator = DenseOperator(H, positive=False)
+    preconditioner = DenseInverse(with_eigenvalues(values.abs() + 0.5)) if preconditioned else None
+    b = columns(59, queries)
+    solution = ConjugateGradient().solve(operator, b, 0.5, preconditioner)
+    expected = torch.linalg.solve(H + 0.5 * torch.eye(59, dtype=torch.float64), b)
+    assert solution.info.converged and relative(solution.value, expected) < 1e-5
+    with pytest.raises(UpweightError, match="negative curvature"):
+        ConjugateGradient().solve(operator, b, 0.1, preconditioner)

@@ -214,7 +214,9 @@ def _inverse(D: Tensor, S: Tensor, top: Tensor, system: System) -> Tensor:
     if not bool(kept.all()):
         W = V[:, ~kept]
         lengths = torch.linalg.vector_norm(D @ W, dim=0)
-        _check_curvature(values[~kept] / lengths.square(), noise * top / lengths, top, system)
+        # What rounds is W^T C W, by as much however short D W is: of directions that nearly depend, nothing is known.
+        rounded = torch.finfo(D.dtype).eps * (D.shape[1] + D.shape[0] ** 0.5) * top
+        _check_curvature(values[~kept] / lengths.square(), rounded / lengths.square(), top, system)
     return (V[:, kept] / values[kept]) @ V[:, kept].mT
 
 
