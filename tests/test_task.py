@@ -366,3 +366,14 @@ def test_the_slope_of_a_confident_prediction_is_not_rounding(task):
         expected = 1 / (1 + math.exp(size))
         assert -float(slope.detach().flatten()[0]) == pytest.approx(expected, rel=1e-6)
         assert float(loss.detach()) == pytest.approx(math.log1p(math.exp(-size)), rel=1e-6)
+
+
+def test_a_loss_that_is_no_tensor_is_refused():
+    model, batch, _ = problem("regression")
+    task = Task.from_functions(
+        lambda model, batch: model(batch[0]).sum().item(), lambda model, batch: [1.0, 2.0]
+    )
+    with pytest.raises(UpweightError, match=r"loss function returned float, expected a tensor \[batch\]"):
+        task.train_loss(model, batch)
+    with pytest.raises(UpweightError, match="measurement function returned list"):
+        task.measure(model, batch)

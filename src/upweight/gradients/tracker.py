@@ -120,10 +120,20 @@ class Tracker:
         """One `Gradients` a column s_c, with ``sum_c s_c s_c^T`` each example's Fisher (see `Task.pseudo_losses`)."""
         self.task.check_targets(batch, ids, self.output_shape)
 
-        def scalars(model: nn.Module, b: Any, drawn: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return self.task.pseudo_losses(model, b, kind, draws, generator, drawn)
+        passes = draws if kind == "sampled" and self.task.draws_apart else 1
 
-        return self._capture(batch, ids, scalars, "predictive distribution", reproducible=kind != "sampled")
+        def scalars(model: nn.Module, b: Any, drawn: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            losses, drawn = self.task.pseudo_losses(model, b, kind, draws // passes, generator, drawn)
+            return losses / passes**0.5, drawn
+
+        columns = []
+        for _ in range(
+            passes
+        ):  # a draw that runs the model itself is a pass of its own: it uses no other's inputs
+            columns += self._capture(
+                batch, ids, scalars, "predictive distribution", reproducible=kind != "sampled"
+            )
+        return columns
 
     def _losses(self, model: nn.Module, batch: Any, _: Tensor | None) -> tuple[Tensor, None]:
         return self.task.train_loss(model, batch)[..., None], None

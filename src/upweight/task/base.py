@@ -59,6 +59,11 @@ class Task:
         """Per-example query measurement, shape [batch], in the task's `unit`."""
         return self.train_loss(model, batch)
 
+    @property
+    def draws_apart(self) -> bool:
+        """Whether every draw of ``"sampled"`` runs the model anew, instead of all sharing its outputs."""
+        return False
+
     def fisher_columns(self, model: nn.Module, batch: Batch, kind: FisherKind, draws: int) -> int:
         """How many backward passes a batch the Fisher of this `kind` costs; 0 if this task cannot give it."""
         return 1 if kind == "empirical" else 0
@@ -184,10 +189,16 @@ class _Functions(Task):
         return found
 
     def train_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self._loss(model, batch)
+        return _tensor(self._loss(model, batch), "loss")
 
     def measure(self, model: nn.Module, batch: Batch) -> Tensor:
-        return (self._measure or self._loss)(model, batch)
+        if self._measure is None:
+            return self.train_loss(model, batch)
+        return _tensor(self._measure(model, batch), "measurement")
+
+    @property
+    def draws_apart(self) -> bool:
+        return self._sampled is not None
 
     def fisher_columns(self, model: nn.Module, batch: Batch, kind: FisherKind, draws: int) -> int:
         if kind == "sampled":
@@ -207,6 +218,15 @@ class _Functions(Task):
             losses = [self._sampled(model, batch, generator) for _ in range(draws)]
             return torch.stack(losses, 1) / math.sqrt(draws), None
         return super().pseudo_losses(model, batch, kind, draws, generator, drawn)
+
+
+def _tensor(found: Any, what: str) -> Tensor:
+    if not isinstance(found, Tensor):
+        raise UpweightError(
+            f"the {what} function returned {type(found).__name__}, expected a tensor [batch], one number an example -> "
+            "no .item(), .tolist() or float()"
+        )
+    return found
 
 
 def resolve_fisher(

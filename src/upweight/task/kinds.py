@@ -143,7 +143,8 @@ class BinaryClassification(OutputTask):
         if outputs.numel() != len(outputs) or targets.numel() != len(outputs):
             raise UpweightError(
                 f"outputs have shape {tuple(outputs.shape)} and targets {tuple(targets.shape)}, expected one logit and "
-                "one target an example -> use Classification for several classes"
+                "one target an example -> use Classification for one of several classes; for several labels an example "
+                "Task.from_functions with their summed losses"
             )
         return outputs.reshape(-1), targets.reshape(-1).to(outputs.dtype)
 
