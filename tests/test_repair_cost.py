@@ -9,6 +9,7 @@ from repairs import QUIET, network, problem
 from torch import nn
 
 import upweight as uw
+from upweight.curvature import solved
 from upweight.demo.experiment import demo_experiment
 from upweight.demo.sources import open_images
 from upweight.repair import account, amend, descent, work
@@ -186,3 +187,14 @@ def test_times_of_the_repair_and_of_its_evidence_are_two(monkeypatch):
     evidence = uw.unlearn(network(), uw.Classification(), problem(), [3], l2=0.01, **QUIET).evidence
     assert evidence["evidence_processor_seconds"] >= 0.3 and evidence["evidence_seconds"] >= 0.3
     assert evidence["processor_seconds"] < 5 and evidence["seconds"] > 0
+
+
+def test_the_last_layer_is_at_its_minimum_after_one_choice_of_damping(monkeypatch):
+    """Chosen anew for every step, the damping took most of the time and held every step back."""
+    chosen = []
+    found = solved.auto_damping
+    monkeypatch.setattr(solved, "auto_damping", lambda *a: chosen.append(1) or found(*a))
+    repair = uw.unlearn(network(), uw.Classification(), problem(), [1, 2], method="last_layer", **QUIET)
+    steps = repair.evidence["steps"]
+    assert steps[-1]["gradient_norm"] < 1e-6 * steps[0]["gradient_norm"]
+    assert len(chosen) == 1 and len(steps) < 30

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from upweight.curvature.damping import DampingLike
 from upweight.data import Examples
 from upweight.repair.descent import Descent
 from upweight.repair.inverse import Inverse
@@ -65,11 +66,12 @@ class Problem:
     after: Examples
     plain: Task
 
-    def inverse(self, changed: bool = True) -> Inverse:
+    def inverse(self, changed: bool = True, damping: DampingLike | None = None) -> Inverse:
         """The damped inverse at the model's weights, of the data after the change, or before it."""
+        settings = self.settings if damping is None else replace(self.settings, damping=damping)
         if changed:
-            return Inverse(self.model, self.task, self.after, self.descent.objective.divisor, self.settings)
-        return Inverse(self.model, self.plain, self.before, self.before.n, self.settings)
+            return Inverse(self.model, self.task, self.after, self.descent.objective.divisor, settings)
+        return Inverse(self.model, self.plain, self.before, self.before.n, settings)
 
 
 def run(problem: Problem) -> dict[str, Any]:
@@ -204,20 +206,26 @@ def fine_tune(problem: Problem) -> dict[str, Any]:
 
 
 def last_layer(problem: Problem) -> dict[str, Any]:
-    """Newton steps to the minimum; the curvature is fitted anew only where the one at hand does not get on."""
+    """Newton steps to the minimum; the curvature is fitted anew only where the one at hand does not get on.
+
+    A damping is chosen once, and then a quarter of it wherever a step could be taken whole: it is no part of the
+    objective, and only slows down.
+    """
     descent, settings = problem.descent, problem.settings
     evidence: dict[str, Any] = {}
     inverse: Inverse | None = None
+    damping: DampingLike | None = None
     size = start = norm(descent.gradient())
     for _ in range(settings.most_steps):
         if size <= settings.tolerance * start:
             break
         fresh = inverse is None
-        inverse = inverse or problem.inverse()
+        inverse = inverse or problem.inverse(damping=damping)
         t = _step(descent, inverse)
         evidence = inverse.evidence()
         if t == 0 and fresh:
             break
+        damping = inverse.damping_option(0.25 if t == 1 else 1.0)
         left = norm(descent.gradient())
         inverse = None if t == 0 or left > STALLED * size else inverse
         size = left
