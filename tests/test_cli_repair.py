@@ -183,6 +183,8 @@ def test_errors_are_one_line(upweight, place):
     (place / "twice.csv").write_text("id,label\n1,0\n1,1\n")
     (place / "words.csv").write_text("id,label\n1,cat\n")
     (place / "empty.csv").write_text("id,label\n")
+    (place / "third.csv").write_text("id,label\n1,2\n")
+    (place / "half.csv").write_text("id,label\n1,0.5\n")
     for label in ("nan", "inf", "-inf", "1e999"):
         (place / f"{label}.csv").write_text(f"id,label\n1,{label}\n")
     (place / "bytes.csv").write_bytes(b"id,label\n1,\xff\xfe\n")
@@ -197,6 +199,8 @@ def test_errors_are_one_line(upweight, place):
         (("--relabel", "twice.csv"), "names 1 twice"),
         (("--relabel", "words.csv"), "the label 'cat' is no number, or one of ['dim', 'bright']"),
         (("--relabel", "empty.csv"), "names no example"),
+        (("--relabel", "third.csv"), "third.csv, line 2: the label '2' is none of the 2 classes"),
+        (("--relabel", "half.csv"), "the label '0.5' is none of the 2 classes"),
         (("--relabel", "nan.csv"), "nan.csv, line 2: the label 'nan' is not finite"),
         (("--relabel", "inf.csv"), "the label 'inf' is not finite"),
         (("--relabel", "-inf.csv"), "the label '-inf' is not finite"),
@@ -236,3 +240,14 @@ def test_a_train_fn_that_takes_no_labels_is_refused_before_any_work(upweight, pl
     assert not (place / "run/repair").exists()
     code, _, err = upweight("repair", "images.py:made", "--remove", "3", "--relabel", "same.csv", *options)
     assert code == 0, err  # no label is changed
+
+
+def test_the_experiment_says_the_convention(upweight, place):
+    """A model of scikit-learn, whose refits keep the whole penalty: the other convention ends elsewhere."""
+    assert upweight("init", "sk", "--kind", "sklearn")[0] == 0
+    arguments = ("repair", "sk/experiment.py:experiment", "--remove", "3,4", "--json")
+    found = json.loads(upweight(*arguments, "--verify", "--seeds", "1")[1])
+    assert found["evidence"]["convention"] == "sum"
+    assert found["verification"]["parameter_distance"]["relative"] < 0.02
+    again = json.loads(upweight(*arguments, "--convention", "mean")[1])
+    assert again["evidence"]["convention"] == "mean"

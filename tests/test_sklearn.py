@@ -227,6 +227,55 @@ def test_influence_takes_what_it_gives():
     assert scores.values.dtype == torch.float64
 
 
+@pytest.mark.parametrize(
+    ("make", "convention"),
+    [
+        (lambda: LogisticRegression(C=0.1, tol=1e-10, max_iter=5000), "sum"),
+        (lambda: LinearSVC(C=0.1, tol=1e-12, max_iter=100_000, random_state=0), "sum"),
+        (
+            lambda: SGDClassifier(loss="log_loss", alpha=0.1, max_iter=2000, tol=None, random_state=0),
+            "mean",
+        ),
+    ],
+    ids=["logistic", "svc", "sgd"],
+)
+def test_a_repair_by_its_convention_is_a_refit(make, convention):
+    """A refit without 50 of 150 rows: the other convention is a third of the penalty away."""
+    X, y = two_classes()
+    whole = from_sklearn(make().fit(X, y), X, y, check=False)
+    refit = from_sklearn(make().fit(X[50:], y[50:]), X[50:], y[50:], check=False)
+    assert whole.convention == refit.convention == convention
+
+    def distance(model: torch.nn.Module) -> float:
+        pairs = zip(model.parameters(), refit.model.parameters(), strict=True)
+        return sum(float((a - b).detach().square().sum()) for a, b in pairs) ** 0.5
+
+    found = {}
+    for name in ("sum", "mean"):
+        options = {"l2": whole.l2, "convention": name, "steps": 20, "damping": 0.0, "curvature": "hessian"}
+        repaired = uw.unlearn(
+            whole.model, whole.task, whole.train, range(50), finish=True, progress=False, **options
+        )
+        found[name] = distance(repaired.model) / distance(whole.model)
+    other = {"sum": "mean", "mean": "sum"}[convention]
+    assert found[convention] < (0.1 if convention == "mean" else 1e-3)
+    assert found[other] > 0.1 and found[other] > 3 * found[convention]
+
+
+def test_without_a_penalty_or_with_a_network_it_is_what_the_refit_does():
+    X, y = two_classes()
+    free = LogisticRegression(C=np.inf, max_iter=2000).fit(X, y)
+    assert from_sklearn(free, X, y, check=False).convention == "mean"
+    Xn, yn = numbers()
+    assert from_sklearn(Ridge().fit(Xn, yn)).convention == "sum"
+    for solver, expected in (("lbfgs", "sum"), ("adam", "mean")):
+        network = MLPClassifier((4,), solver=solver, batch_size=20, max_iter=3, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network.fit(X, y == "yes")
+        assert from_sklearn(network, X, y == "yes", check=False).convention == expected
+
+
 def test_refused_with_the_way_out():
     X, y = two_classes()
     Xn, yn = numbers()

@@ -40,8 +40,9 @@ class Cache:
     Attributes:
         folder: a folder of its own; made if it does not exist, resumed if a run was killed.
         precision: ``"float32"`` (the model's own precision: nothing is lost), ``"bf16"`` (half the bytes), ``"int8"``
-            (a quarter), or ``"index"``: no factors, but the coordinates of the gradients that matter at the damping of
-            the fit (`upweight.index`), for the fastest answers to new queries.
+            (a quarter; but half, as bf16, where an example has one row a layer, as in an MLP, whose rounding nothing
+            averages out), or ``"index"``: no factors, but the coordinates of the gradients that matter at the damping
+            of the fit (`upweight.index`), for the fastest answers to new queries.
         index_error: for an index, the largest relative error that leaving coordinates out may make on a probe.
 
     Example:

@@ -15,7 +15,7 @@ from torch import nn
 
 from upweight._load import import_name
 from upweight._trees import map_tensors, tensors_in
-from upweight.curvature.l2 import L2, check_l2
+from upweight.curvature.l2 import CONVENTIONS, L2, check_l2
 from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.task import Task
@@ -62,6 +62,9 @@ class Experiment:
             or {regular expression of parameter names: coefficient}, as `Influence` and `unlearn` take it. Repairs and
             the methods ``ggn``, ``block-ggn`` and ``hessian`` use it; methods of your own say theirs. None: there was
             none.
+        convention: What ``train_fn`` divides the sum of losses by when examples are left out, and so what a repair
+            imitates: ``"mean"``, by those that are left, or ``"sum"``, still by n, as scikit-learn's penalties do
+            (``uw.from_sklearn(...).convention``). Only with an ``l2`` do the two differ.
 
     Raises:
         UpweightError: What is wrong with one of them, in one line.
@@ -96,6 +99,7 @@ class Experiment:
     features: Sequence[str] | None = None
     read: Callable[[Any], object] | None = None
     l2: L2 = 0.0
+    convention: str = "mean"
 
     def __init__(
         self,
@@ -111,6 +115,7 @@ class Experiment:
         features: Sequence[str] | None = None,
         read: Callable[[Any], object] | None = None,
         l2: L2 | None = None,
+        convention: str = "mean",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UpweightError(
@@ -139,6 +144,10 @@ class Experiment:
                 "methods is no mapping of names, expected {name: attributor} with at least one -> "
                 "methods={'ggn': lambda model, task: uw.Influence(model, task, curvature='ggn')} for example"
             )
+        if convention not in CONVENTIONS:
+            raise UpweightError(
+                f"the experiment's convention={convention!r} is unknown -> use one of {list(CONVENTIONS)}"
+            )
         if not str(name).strip():
             raise UpweightError(
                 f"the experiment's name is {name!r}, expected some text -> it names the run's folder, runs/NAME"
@@ -156,6 +165,7 @@ class Experiment:
             "features": None if features is None else [str(one) for one in features],
             "read": read,
             "l2": _penalty(l2, model),
+            "convention": convention,
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)

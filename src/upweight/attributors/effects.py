@@ -37,7 +37,7 @@ from upweight.attributors.group import ESTIMATES, GroupEffect
 from upweight.attributors.reweighted import Reweighted, Side, batches
 from upweight.attributors.second_order import bend
 from upweight.curvature.dense import as_gradients
-from upweight.curvature.l2 import l2_vector
+from upweight.curvature.l2 import CONVENTIONS, l2_vector
 from upweight.data import Examples
 from upweight.errors import UpweightError
 from upweight.gradients import Gradients
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from upweight.attributors.fitted import Fitted
     from upweight.attributors.influence import Influence
 
-CONVENTIONS = ("sum", "mean")
 FIXED_POINT_STEPS = 500
 
 Solve = Callable[[Gradients], Gradients]

@@ -99,9 +99,12 @@ def repair(
         ),
     ] = None,
     convention: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="mean: the objective divides by what is left; sum: still by n."),
-    ] = "mean",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="mean: the objective divides by what is left; sum: still by n; the experiment's if not given.",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Retrain on the changed data, and compare.")
     ] = False,
@@ -131,7 +134,9 @@ def repair(
         if verify:
             _check_train_fn(bundle, wanted)
         penalty = bundle.l2 if l2 is None else l2
-        done = _repaired(bundle, wanted, method, curvature, _number(damping), penalty, convention)
+        done = _repaired(
+            bundle, wanted, method, curvature, _number(damping), penalty, convention or bundle.convention
+        )
         place = folder / "repair"
         file = done.save(place, experiment=bundle.name, address=experiment, source=wanted.source)
         ours.stopped = lambda: f"the repair is in {place}, its verification is not -> go on with: {again()}"
@@ -338,6 +343,11 @@ def _label(bundle: Experiment, text: str, where: str) -> Any:
     if not math.isfinite(value):
         raise UpweightError(
             f"{where}: the label {text!r} is not finite, expected a number -> leave the line out to keep the label"
+        )
+    if bundle.classes is not None and value not in range(len(bundle.classes)):
+        raise UpweightError(
+            f"{where}: the label {text!r} is none of the {len(bundle.classes)} classes -> a number from 0 to "
+            f"{len(bundle.classes) - 1}, or one of {list(bundle.classes)[:6]}"
         )
     return int(value) if value == int(value) else value
 

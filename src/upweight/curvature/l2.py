@@ -18,6 +18,8 @@ from upweight.gradients.layers import from_parameters
 L2: TypeAlias = "float | Mapping[str, float] | Tensor"
 """One coefficient for all tracked parameters; {regular expression: coefficient}, with 0 for parameters that none
 finds; or one coefficient a parameter, [p], in the order of `Gradients.dense`."""
+CONVENTIONS = ("sum", "mean")
+"""What the sum of losses beside it is divided by when examples are left out: still by n, or by those that are left."""
 
 
 def l2_vector(l2: L2, tracker: Tracker) -> Tensor:

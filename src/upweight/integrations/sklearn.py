@@ -66,6 +66,16 @@ class SklearnModel:
             )
         return self.l2_for(len(self.train[1]))
 
+    @property
+    def convention(self) -> str:
+        """What a refit without some rows divides by, for `unlearn` and `relabel`: their ``convention=``.
+
+        ``"sum"`` where the penalty is beside a sum of losses, as C and Ridge's alpha are: with fewer rows, it weighs as
+        much as before. ``"mean"`` where it is beside their mean (SGD's alpha), or there is none.
+        """
+        n = 10**6 if self.train is None else len(self.train[1])
+        return "sum" if self._l2(n) != self._l2(n + 1) else "mean"
+
     def l2_for(self, n: int) -> dict[str, float]:
         """The same for n training examples."""
         return self._l2(n)

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from upweight._ids import as_ids, positions_of
 from upweight._trees import map_tensors
+from upweight.curvature.l2 import CONVENTIONS
 from upweight.data import Examples, Rows, Source, _Tensors
 from upweight.errors import UpweightError
 from upweight.fingerprint import Versions
 from upweight.repair.targets import Label, check_named, different, real, with_targets
 from upweight.task import FisherKind, Task
-
-CONVENTIONS = ("sum", "mean")
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from typing import Any, TypedDict
 from upweight.curvature import KINDS, Damping
 from upweight.curvature.damping import DampingLike
 from upweight.curvature.exact import EXACT_KINDS
-from upweight.curvature.l2 import L2
+from upweight.curvature.l2 import CONVENTIONS, L2
 from upweight.curvature.solvers import Preconditioner, Sketch, Solver
 from upweight.errors import UpweightError
 from upweight.gradients.select import ParameterFilter
-from upweight.repair.change import CONVENTIONS
 
 METHODS = ("newton", "influence", "gradient", "trust_region", "corrected", "fine_tune", "last_layer")
 ITERATED = ("newton", "trust_region", "corrected", "fine_tune", "last_layer")

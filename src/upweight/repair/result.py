@@ -184,7 +184,8 @@ class Repair:
             pad_edge=False,
         )
         for heading in ("examples", "n", "loss", "change", "predicted", "accuracy"):
-            table.add_column(heading, justify="left" if heading == "examples" else "right", no_wrap=True)
+            # Folded where the terminal is narrow: a number that is cut is another number.
+            table.add_column(heading, justify="left" if heading == "examples" else "right", overflow="fold")
         for name, group in evidence["groups"].items():
             predicted = group["predicted"] if group["predicted"] is not None else group["first_order"]
             accuracy = (

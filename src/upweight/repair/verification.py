@@ -104,7 +104,7 @@ class Verification:
         )
         table.add_column("")
         for heading in ("doing nothing", "repaired", "retrained"):
-            table.add_column(heading, justify="right", no_wrap=True)
+            table.add_column(heading, justify="right", overflow="fold")
         for name, d in (
             ("parameters to retrained", self.parameter_distance),
             ("predictions to retrained", self.prediction_distance),
