@@ -10,7 +10,7 @@ which n examples determine a share of n directions, the effective dimension of r
 
     sum_j s_j / (s_j + damping + l2) = 0.08 n,        s_j the eigenvalues of H without l2.
 
-Retraining agrees best with .05 to .12 on every bank of benchmarks/lds/damping_rules.py, over four orders of magnitude
+Retraining agrees best with .04 to .12 on every bank of benchmarks/lds/dual_damping.py, over four orders of magnitude
 of the damping. Where the data does not determine so many even without it (few parameters, or l2 is told and large), it
 is the Gaussian prior N(0, 1 / (n damping)) under which the trained weights are most likely,
 
