@@ -1,5 +1,6 @@
 """Automatic damping of an exact curvature: the lowest real objective after the damped step."""
 
+import copy
 import math
 
 import numpy as np
@@ -227,3 +228,34 @@ def test_weights_of_zero_have_a_finite_damping():
         ExactCurvature(Tracker(line, uw.Classification(), examples), examples, fisher="empirical")
     )
     assert "MacKay" in found.criterion and 0 < found.value < 100
+
+
+@pytest.mark.parametrize("size", [7, 64, 256, 800])
+def test_rounding_determines_no_direction(size: int):
+    """A softmax leaves a third of these parameters undetermined; in float32 their eigenvalues are 1e-9, not zero."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(800, 29, generator=generator)
+    y = (x @ torch.randn(29, 3, generator=generator) + torch.randn(800, 3, generator=generator) * 3).argmax(1)
+    model = nn.Linear(29, 3)
+    with torch.no_grad():
+        model.weight.normal_(0, 0.1, generator=generator), model.bias.zero_()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=200)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        part = copy.deepcopy(model).eval().to(dtype)
+        examples = uw.Examples((x.to(dtype), y))
+        tracker = Tracker(part, uw.Classification(), examples)
+        found[dtype] = fisher_damping(
+            ExactCurvature(tracker, examples, fisher="empirical", batch_size=size)
+        ).value
+    assert (
+        found[torch.float32] == pytest.approx(found[torch.float64], rel=0.2) and found[torch.float64] > 1e-4
+    )

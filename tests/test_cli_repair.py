@@ -9,6 +9,7 @@ import torch
 from projects import IMAGES, TABLE
 
 import upweight as uw
+from upweight.cli import repair as module
 from upweight.repair import log
 
 RELABELLED = """
@@ -199,8 +200,8 @@ def test_errors_are_one_line(upweight, place):
         (("--relabel", "twice.csv"), "names 1 twice"),
         (("--relabel", "words.csv"), "the label 'cat' is no number, or one of ['dim', 'bright']"),
         (("--relabel", "empty.csv"), "names no example"),
-        (("--relabel", "third.csv"), "third.csv, line 2: the label '2' is none of the 2 classes"),
-        (("--relabel", "half.csv"), "the label '0.5' is none of the 2 classes"),
+        (("--relabel", "third.csv"), "third.csv, line 2: the label 2 is none of the 2 classes"),
+        (("--relabel", "half.csv"), "the label 0.5 is none of the 2 classes"),
         (("--relabel", "nan.csv"), "nan.csv, line 2: the label 'nan' is not finite"),
         (("--relabel", "inf.csv"), "the label 'inf' is not finite"),
         (("--relabel", "-inf.csv"), "the label '-inf' is not finite"),
@@ -251,3 +252,29 @@ def test_the_experiment_says_the_convention(upweight, place):
     assert found["verification"]["parameter_distance"]["relative"] < 0.02
     again = json.loads(upweight(*arguments, "--convention", "mean")[1])
     assert again["evidence"]["convention"] == "mean"
+
+
+@pytest.mark.parametrize(
+    ("targets", "label", "known"),
+    [
+        (torch.tensor([0, 1, 1]), 2, False),
+        (torch.tensor([0.0, 1.0, 1.0]), 2, False),
+        (torch.tensor([0.3, 0.9, 0.1]), 0.7, True),
+        (torch.tensor([0, 1, 3]), 3, True),
+        (torch.tensor([0, 1, 1]), 1, True),
+    ],
+)
+def test_a_label_is_a_class_where_those_of_the_data_are(targets, label, known):
+    task = uw.BinaryClassification()
+    bundle = uw.Experiment(
+        torch.nn.Linear(1, 1),
+        task,
+        (torch.ones(3, 1), targets),
+        (torch.ones(3, 1), targets),
+        classes=["a", "b"],
+    )
+    if known:
+        assert module._of_a_class(bundle, label, "here") == label
+    else:
+        with pytest.raises(uw.UpweightError, match="none of the 2 classes"):
+            module._of_a_class(bundle, label, "here")

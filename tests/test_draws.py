@@ -52,7 +52,8 @@ def _by_parameter(found: Gradients, model: nn.Module, task: uw.Task, data: uw.Ex
     return torch.cat([named[name].flatten(1) for name, _ in model.named_parameters()], 1)
 
 
-def test_their_cost_is_linear_in_the_draws(monkeypatch):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_their_cost_is_linear_in_the_draws(weighted, monkeypatch):
     """A draw's column was once assembled from the uses of all of them."""
     counted = []
     piece = assemble._piece
@@ -60,7 +61,12 @@ def test_their_cost_is_linear_in_the_draws(monkeypatch):
     calls = {}
     for draws in (2, 4, 8):
         counted.clear()
-        columns(draws)
+        if weighted:
+            model, task, data = setting()
+            options = {"method": "influence", "curvature": "ekfac", "fisher": "sampled", "draws": draws}
+            uw.reweight(model, task, data, {1: 0.5}, progress=False, **options)
+        else:
+            columns(draws)
         calls[draws] = len(counted)
     assert calls[8] - calls[4] == 2 * (calls[4] - calls[2]) > 0
 

@@ -198,3 +198,23 @@ def test_the_last_layer_is_at_its_minimum_after_one_choice_of_damping(monkeypatc
     steps = repair.evidence["steps"]
     assert steps[-1]["gradient_norm"] < 1e-6 * steps[0]["gradient_norm"]
     assert len(chosen) == 1 and len(steps) < 30
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"curvature": "ekfac"},
+        {"curvature": "kfac"},
+        {"tolerance": 0.0},
+        {"damping": 1e-3, "tolerance": 0.0},
+    ],
+)
+def test_the_last_layer_comes_to_an_end_with_any_curvature(options):
+    """A damping that is made smaller at every step must not end as none."""
+    repair = uw.unlearn(
+        network(), uw.Classification(), problem(), list(range(9)), method="last_layer", **options, **QUIET
+    )
+    steps = repair.evidence["steps"]
+    assert steps[-1]["gradient_norm"] < 0.05 * steps[0]["gradient_norm"]
+    if "damping" in options:  # what was asked for is what is used
+        assert set(repair.evidence["solver"]["damping"].values()) == {1e-3}

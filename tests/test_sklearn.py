@@ -268,8 +268,8 @@ def test_without_a_penalty_or_with_a_network_it_is_what_the_refit_does():
     assert from_sklearn(free, X, y, check=False).convention == "mean"
     Xn, yn = numbers()
     assert from_sklearn(Ridge().fit(Xn, yn)).convention == "sum"
-    for solver, expected in (("lbfgs", "sum"), ("adam", "mean")):
-        network = MLPClassifier((4,), solver=solver, batch_size=20, max_iter=3, random_state=0)
+    for solver, batch, expected in (("lbfgs", 20, "sum"), ("adam", 20, "mean"), ("adam", len(X), "sum")):
+        network = MLPClassifier((4,), solver=solver, batch_size=batch, max_iter=3, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             network.fit(X, y == "yes")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from upweight.experiment import Experiment
     from upweight.repair.result import Repair
 
+LOOKED_AT = 1000
+"""Training examples whose targets tell whether labels are class numbers."""
 HELP = """Take bad data out of the trained model, without training it again.
 
 Examples are forgotten ([bold]--remove[/]) or given another label ([bold]--relabel[/]). Without either, the decisions \
@@ -344,18 +346,32 @@ def _label(bundle: Experiment, text: str, where: str) -> Any:
         raise UpweightError(
             f"{where}: the label {text!r} is not finite, expected a number -> leave the line out to keep the label"
         )
-    if bundle.classes is not None and value not in range(len(bundle.classes)):
+    return _of_a_class(bundle, int(value) if value == int(value) else value, where)
+
+
+def _of_a_class(bundle: Experiment, label: Any, where: str) -> Any:
+    """The label, if it can be one: a class's number where those of the training data are."""
+    if bundle.classes is None or label in range(len(bundle.classes)):
+        return label
+    from torch import Tensor
+
+    from upweight.task.outputs import split_batch
+
+    seen = split_batch(bundle.train.take(range(min(bundle.train.n, LOOKED_AT))))[2]
+    if isinstance(seen, Tensor) and all(
+        value in range(len(bundle.classes)) for value in seen.flatten().tolist()
+    ):
         raise UpweightError(
-            f"{where}: the label {text!r} is none of the {len(bundle.classes)} classes -> a number from 0 to "
+            f"{where}: the label {label!r} is none of the {len(bundle.classes)} classes -> a number from 0 to "
             f"{len(bundle.classes) - 1}, or one of {list(bundle.classes)[:6]}"
         )
-    return int(value) if value == int(value) else value
+    return label
 
 
 def _numbered(bundle: Experiment, labels: dict[Any, Any]) -> dict[Any, Any]:
     """Labels that are class names as class numbers."""
     return {
-        name: _label(bundle, label, f"example {name!r}") if isinstance(label, str) else label
+        name: (_label if isinstance(label, str) else _of_a_class)(bundle, label, f"example {name!r}")
         for name, label in labels.items()
     }
 

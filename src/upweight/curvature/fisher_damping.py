@@ -10,9 +10,9 @@ which n examples determine a share of n directions, the effective dimension of r
 
     sum_j s_j / (s_j + damping + l2) = 0.08 n,        s_j the eigenvalues of H without l2.
 
-Retraining agrees best with .04 to .12 on every bank of benchmarks/lds/dual_damping.py, over four orders of magnitude
-of the damping. Where the data does not determine so many even without it (few parameters, or l2 is told and large), it
-is the Gaussian prior N(0, 1 / (n damping)) under which the trained weights are most likely,
+Retraining agrees best with .04 to .11 on every bank of benchmarks/lds/dual_damping.py, over five orders of magnitude
+of the damping. Where the data does not determine twice as many even without it (few parameters, or l2 is told and
+large), it is at least that of the Gaussian prior N(0, 1 / (n damping)) under which the trained weights are most likely,
 
     n theta^T (damping + l2) theta = sum_j s_j / (s_j + damping + l2),
 
@@ -27,6 +27,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from upweight.curvature.auto_damping import LEAST_OF_L2, SPAN, rounded
 from upweight.curvature.exact import ExactCurvature
 from upweight.curvature.implicit_l2 import implicit_l2_beside
@@ -35,6 +37,8 @@ from upweight.gradients.layers import from_parameters
 
 DIRECTIONS = 0.08
 """Of an example: the effective dimension is at most this many times the examples."""
+SPARE = 2.0
+"""The data must determine so many times that without damping: near all there are, the damping would tend to nothing."""
 BISECTIONS = 100
 
 
@@ -74,12 +78,15 @@ class FisherDamping:
 
 
 def fisher_damping(operator: ExactCurvature) -> FisherDamping:
-    """The damping of .08 directions an example, or of the highest evidence; two digits, at least a thousandth of l2.
+    """The damping of .08 directions an example, or, where there are few, of the evidence.
+
+    To two digits, and at least a thousandth of l2.
 
     Cost: 32 products of H with four vectors and with two, and a forward and backward pass over the training data.
     """
     nodes, weights = lanczos_quadrature(operator)
-    data, n = (nodes - operator.l2).clamp_min(0), operator.examples
+    n, rounding = operator.examples, torch.finfo(operator.tracker.dtype).eps * nodes.max()
+    data = torch.where(nodes - operator.l2 > rounding, nodes - operator.l2, 0.0)
     named = {name: p.detach()[None].double() for name, p in operator.tracker.parameters.items()}
     theta = from_parameters(operator.tracker.layers, named)[0]
     squared, pull = float(theta.square().sum()), float(theta.square() @ operator.ridge.to(theta))
@@ -90,12 +97,13 @@ def fisher_damping(operator: ExactCurvature) -> FisherDamping:
         return float((weights * data / (data + damping + operator.l2)).sum())
 
     most, largest = DIRECTIONS * n, max(least, SPAN[1] * float(data.max()))
-    if determined(least) > most:
-        criterion = f"effective dimension = {DIRECTIONS:g} n"
-        found = _crossing(lambda d: determined(d) - most, least, largest)
-    else:
-        criterion = "n theta^T (damping + l2) theta = effective dimension (MacKay 1992)"
-        found = _crossing(lambda d: determined(d) - n * (d * squared + pull), least, largest)
+    found = _crossing(lambda d: determined(d) - most, least, largest)
+    criterion = f"effective dimension = {DIRECTIONS:g} n"
+    if determined(least) <= SPARE * most:
+        evidence = _crossing(lambda d: determined(d) - n * (d * squared + pull), least, largest)
+        if evidence >= found:
+            found = evidence
+            criterion = "n theta^T (damping + l2) theta = effective dimension (MacKay 1992)"
     value = rounded(found, least)
     smallest = float(nodes.min())
     return FisherDamping(value, criterion, determined(value), n, squared, smallest, implicit)

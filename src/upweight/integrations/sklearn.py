@@ -74,7 +74,7 @@ class SklearnModel:
         much as before. ``"mean"`` where it is beside their mean (SGD's alpha), or there is none.
         """
         n = 10**6 if self.train is None else len(self.train[1])
-        return "sum" if self._l2(n) != self._l2(n + 1) else "mean"
+        return "sum" if self._l2(n) != self._l2(max(1, n - 1)) else "mean"
 
     def l2_for(self, n: int) -> dict[str, float]:
         """The same for n training examples."""

@@ -276,6 +276,10 @@ class Weighted(Task):
         losses = self.task.train_loss(model, batch[0])
         return losses * batch[1].to(losses)
 
+    @property
+    def draws_apart(self) -> bool:
+        return self.task.draws_apart
+
     def fisher_columns(self, model: nn.Module, batch: Any, kind: FisherKind, draws: int) -> int:
         return self.task.fisher_columns(model, batch[0], kind, draws)
 

@@ -20,7 +20,6 @@ from upweight.attributors.exact import DIRECT_UP_TO, solve_evidence
 from upweight.attributors.influence import Influence
 from upweight.attributors.reweighted import many_at_once
 from upweight.curvature import Damping
-from upweight.curvature.damping import DampingLike
 from upweight.curvature.exact import EXACT_KINDS
 from upweight.curvature.l2 import L2
 from upweight.data import Examples
@@ -96,10 +95,9 @@ class Inverse:
         found = self.fitted.curvature.damping(self.method.damping)
         return {name: factor * self.share * value for name, value in found.items()}
 
-    def damping_option(self, factor: float) -> DampingLike:
-        """So many times this damping as an option, for another inverse of as many examples."""
-        found = self.damping(factor)
-        return next(iter(found.values())) if self.curvature in EXACT_KINDS else found
+    def number(self) -> float | None:
+        """The damping of an exact curvature, as the option is given; None for others, which have one for each layer."""
+        return next(iter(self.damping().values())) if self.curvature in EXACT_KINDS else None
 
     def damped(self, u: Mapping[str, Tensor], factor: float = 1.0) -> float:
         """``u^T damping u``."""

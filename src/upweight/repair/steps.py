@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from upweight.curvature.damping import DampingLike
+from upweight.curvature.damping import Damping, DampingLike
 from upweight.data import Examples
 from upweight.repair.descent import Descent
 from upweight.repair.inverse import Inverse
@@ -41,6 +41,8 @@ REFUSALS = 12
 """Steps that a trust region may refuse in all."""
 STALLED = 0.3
 """The last layer's curvature is fitted anew where a step leaves more than this share of the gradient."""
+LEAST_DAMPING = 1e-6
+"""Of the damping that was chosen: with less, rounding could leave the last layer's curvature singular."""
 MOMENTUM = 0.9
 
 
@@ -208,12 +210,13 @@ def fine_tune(problem: Problem) -> dict[str, Any]:
 def last_layer(problem: Problem) -> dict[str, Any]:
     """Newton steps to the minimum; the curvature is fitted anew only where the one at hand does not get on.
 
-    A damping is chosen once, and then a quarter of it wherever a step could be taken whole: it is no part of the
-    objective, and only slows down.
+    An automatic damping of an exact curvature is chosen once, and a quarter of it remains wherever a step could be
+    taken whole: it is no part of the objective, and only slows down.
     """
     descent, settings = problem.descent, problem.settings
     evidence: dict[str, Any] = {}
     inverse: Inverse | None = None
+    chosen, first = Damping.of(settings.damping).auto, 0.0
     damping: DampingLike | None = None
     size = start = norm(descent.gradient())
     for _ in range(settings.most_steps):
@@ -225,7 +228,9 @@ def last_layer(problem: Problem) -> dict[str, Any]:
         evidence = inverse.evidence()
         if t == 0 and fresh:
             break
-        damping = inverse.damping_option(0.25 if t == 1 else 1.0)
+        if chosen and (number := inverse.number()) is not None:
+            first = first or number
+            damping = max(number / 4 if t == 1 else number, LEAST_DAMPING * first)
         left = norm(descent.gradient())
         inverse = None if t == 0 or left > STALLED * size else inverse
         size = left

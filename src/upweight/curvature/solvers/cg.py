@@ -160,6 +160,9 @@ def _block(search: _Search, r: Tensor) -> tuple[Tensor, Tensor]:
         top = torch.maximum(top, torch.linalg.vector_norm(S, dim=0).max())
         inverse = _inverse(D, S, top, system)
         a = inverse @ (D.mT @ Q)
+        if not bool(a.any()):  # rounding leaves every direction undecided: the residual will say so
+            stopped[columns.cpu()] = iteration
+            break
         if len(columns) == r.shape[1]:
             x.addmm_(D, a @ Z)
         else:
